@@ -1,0 +1,5 @@
+"""Architectures. Importing this package registers every model with timm."""
+
+from .vision_permutator import PermuteMlp, VisionPermutator
+
+__all__ = ["PermuteMlp", "VisionPermutator"]
