@@ -173,7 +173,7 @@ class PermutatorBlock(nn.Module):
         segments: int,
         grid_size: tuple[int, int],
         mlp_ratio: float = 3.0,
-        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        norm_layer: Callable[..., nn.Module] = partial(LayerNorm, eps=1e-5),
         act_layer: type[nn.Module] = nn.GELU,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
