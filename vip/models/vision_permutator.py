@@ -15,7 +15,7 @@ image size, square or not; `VisionPermutator.set_input_size` and every checkpoin
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 from typing import Any
@@ -279,12 +279,13 @@ class VisionPermutator(nn.Module):
         self.grad_checkpointing = False
         self.stride = prod(2 if t else 1 for t in transitions)
 
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        _check_img_size(img_size, patch_size, self.stride)
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dims[0], output_fmt="NHWC", **dd)
+        patch_hw: tuple[int, int] = to_2tuple(patch_size)
+        _check_img_size(to_2tuple(img_size), patch_hw, self.stride)
+        patch_embed: Any = PatchEmbed  # its hints know square patches only
+        self.patch_embed = patch_embed(img_size, patch_hw, in_chans, embed_dims[0], output_fmt="NHWC", **dd)
 
-        grid_size, reduction = self.patch_embed.grid_size, max(patch_size)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, layers, stagewise=False)
+        grid_size, reduction = self.patch_embed.grid_size, max(patch_hw)
+        drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(layers)))
         network: list[nn.Module] = []
         self.stage_ends: list[int] = []
         self.feature_info: list[dict[str, Any]] = []
@@ -304,10 +305,10 @@ class VisionPermutator(nn.Module):
                             norm_layer=norm_layer,
                             act_layer=act_layer,
                             proj_drop=proj_drop_rate,
-                            drop_path=drop_path_rates[sum(layers[:i]) + j],
+                            drop_path=next(drop_path_rates),
                             **dd,
                         )
-                        for j in range(depth)
+                        for _ in range(depth)
                     )
                 )
             )
@@ -361,22 +362,23 @@ class VisionPermutator(nn.Module):
         Raises:
             ValueError: If the size does not fit the patches and strides; the model is unchanged then.
         """
-        img_size = to_2tuple(img_size or self.patch_embed.img_size)
+        new_img_size: tuple[int, int] = to_2tuple(img_size or self.patch_embed.img_size)
         old_patch_size = self.patch_embed.patch_size
-        new_patch_size = to_2tuple(patch_size or old_patch_size)
-        _check_img_size(img_size, new_patch_size, self.stride)
-        self.patch_embed.set_input_size(img_size=img_size, patch_size=new_patch_size)
+        new_patch_size: tuple[int, int] = to_2tuple(patch_size or old_patch_size)
+        _check_img_size(new_img_size, new_patch_size, self.stride)
+        self.patch_embed.set_input_size(img_size=new_img_size, patch_size=new_patch_size)
         grid_size = self.patch_embed.grid_size
         for stage in self.network:
             if isinstance(stage, Downsample):
                 stride = stage.proj.stride[0]
                 grid_size = (grid_size[0] // stride, grid_size[1] // stride)
             else:
-                for block in stage:
-                    block.attn.set_grid_size(grid_size)
+                for layer in stage.modules():
+                    if isinstance(layer, PermuteMlp):
+                        layer.set_grid_size(grid_size)
         for info in self.feature_info:
             info["reduction"] = info["reduction"] * max(new_patch_size) // max(old_patch_size)
-        update_model_input_size(self, img_size, patch_size=patch_size)
+        update_model_input_size(self, new_img_size, patch_size=patch_size)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

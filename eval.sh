@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Validate a checkpoint: bash eval.sh DATA CHECKPOINT [flags of validate.py ...]
+#
+# DATA is the validation folder or the one above it, CHECKPOINT a file or the folder of a run.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: bash $0 DATA CHECKPOINT [flags of validate.py ...]" >&2
+    exit 2
+fi
+data=$1 checkpoint=$2
+shift 2
+exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/validate.py" "$data" --checkpoint "$checkpoint" "$@"

@@ -1,0 +1,51 @@
+"""The `vip` command: one short module a subcommand."""
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from vip.errors import UserError
+from vip.options import nearest
+
+COMMANDS = {
+    "train": "train a model",
+    "validate": "validate checkpoints or models",
+    "make-digits": "write scikit-learn's handwritten digits as an image folder",
+}
+
+
+def run(program: str, command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run a command; a `UserError` becomes one line on standard error and exit status 2."""
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # most mistakes hit all ranks alike; the first one's report ends the others before theirs
+        print(f"{program}: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `vip ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `vip`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
+        print(f"usage: vip COMMAND ...\n\n{lines}\n\nvip COMMAND --help tells what a command takes.")
+        return 0
+    if argv[0] == "--version":
+        from vip.version import __version__
+
+        print(f"vip {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"vip: error: no command {argv[0]!r}.{nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"vip.cli.{argv[0].replace('-', '_')}")
+    return run(f"vip {argv[0]}", module.main, argv[1:])

@@ -1,0 +1,182 @@
+"""Flags and YAML recipes, both made from option dataclasses."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from timm.utils import ParseKwargs
+
+from vip.errors import UserError
+from vip.options import nearest
+
+ConfigT = TypeVar("ConfigT")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError` and suggests the nearest flag."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flags = [word for word in message.removeprefix(prefix).split() if word.startswith("-")]
+            if flags:
+                message += "." + nearest(flags[0].partition("=")[0], self._option_string_actions)
+        raise UserError(f"{message} (--help lists what there is)")
+
+
+class _WithoutEffect(argparse.Action):
+    """Accepts a published flag that has lost its meaning, and says so once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _say_without_effect(str(option_string), str(self.help))
+
+
+def _say_without_effect(name: str, reason: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {name} has no effect: {reason}.", file=sys.stderr)
+
+
+def _value_type(annotation: Any) -> tuple[Any, bool]:
+    """The scalar type of an annotation, and whether it is a list of them."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(t for t in typing.get_args(annotation) if t is not types.NoneType)
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
+    meta, name = field.metadata, field.name
+    kind, is_list = _value_type(annotation)
+    text = meta["help"].replace("%", "%%")
+    if meta["positional"]:
+        group.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=text, metavar=name.upper())
+        return
+    flag = "--" + name.replace("_", "-")
+    options: dict[str, Any] = dict(dest=name, default=argparse.SUPPRESS, help=text)
+    if kind is bool and name.startswith("no_"):
+        group.add_argument(flag, *meta["flags"], action="store_true", **options)
+        group.add_argument(flag.replace("--no-", "--"), action="store_false", **dict(options, help=argparse.SUPPRESS))
+    elif kind is bool:
+        group.add_argument(flag, *meta["flags"], action=argparse.BooleanOptionalAction, **options)
+    elif kind is dict:
+        group.add_argument(flag, *meta["flags"], nargs="*", action=ParseKwargs, metavar="NAME=VALUE", **options)
+    else:
+        if meta["append"]:
+            options["action"] = "append"
+        elif is_list:
+            options["nargs"] = "+"
+        elif meta["const"] is not None:
+            options.update(nargs="?", const=meta["const"])
+        if not meta["choices"]:
+            options["metavar"] = meta["metavar"] or {int: "N", float: "X"}.get(kind, "NAME")
+        group.add_argument(flag, *meta["flags"], type=kind, choices=meta["choices"], **options)
+
+
+def build_parser(config_class: type, prog: str, without_effect: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Make the parser of an option dataclass, a help group for each of its base classes."""
+    usage = f"{prog} [DATA] [options]"
+    parser = _Parser(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
+    parser.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe; flags win")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for base in reversed(config_class.__mro__):
+        own = [name for name in vars(base).get("__annotations__", {}) if name in fields]
+        if not own:
+            continue
+        group = parser.add_argument_group((base.__doc__ or "").split(".")[0].split(";")[0])
+        for name in own:
+            _add_field(group, fields.pop(name), hints[name])
+    group = parser.add_argument_group("Accepted without effect")
+    for flag, reason in without_effect.items():
+        flag, _, value = flag.partition(" ")
+        nargs = None if value else 0
+        group.add_argument(flag, nargs=nargs, metavar=value, action=_WithoutEffect, dest=argparse.SUPPRESS, help=reason)
+    return parser
+
+
+def _convert(name: str, value: Any, field: dataclasses.Field, annotation: Any) -> Any:
+    """Check and convert a YAML value as the flag of the same name would."""
+    kind, is_list = _value_type(annotation)
+    if value is None:
+        if field.default is not None and types.NoneType not in typing.get_args(annotation):
+            raise UserError(f"{name} has no value; give one or leave it out.")
+        return None
+    values = value if is_list and isinstance(value, list) else [value]
+    try:
+        if kind is dict or kind is bool:
+            converted = [v for v in values if isinstance(v, kind)]
+            if len(converted) != len(values):
+                raise ValueError
+        else:
+            if any(isinstance(v, bool | dict | list) for v in values):
+                raise ValueError
+            converted = [kind(v) for v in values]  # YAML reads 1e-3 as a string
+            if kind is int and any(isinstance(v, float) and v != int(v) for v in values):
+                raise ValueError
+    except ValueError as e:
+        expected = f"a list of {kind.__name__}" if is_list else kind.__name__
+        raise UserError(f"{name} is {value!r}, expected {expected}.") from e
+    choices = field.metadata["choices"]
+    if choices and any(v not in choices for v in converted):
+        raise UserError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}.")
+    return converted if is_list else converted[0]
+
+
+def read_recipe(path: str, config_class: type, without_effect: Mapping[str, str] = types.MappingProxyType({})) -> dict:
+    """Read a YAML recipe, whose keys are the long flags with `-` or `_`.
+
+    Raises:
+        UserError: If the file is missing or no mapping, a key is unknown or a value of the wrong type.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except OSError as e:
+        raise UserError(f"Cannot read the recipe {path}: {e.strerror}.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"The recipe {path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"The recipe {path} holds a {type(content).__name__}, expected a mapping of option to value.")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    aliases = {f.lstrip("-").replace("-", "_"): n for n, field in fields.items() for f in field.metadata["flags"]}
+    ignored = {f.partition(" ")[0].lstrip("-").replace("-", "_"): reason for f, reason in without_effect.items()}
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        name = aliases.get(name, name)
+        if name in ignored:
+            _say_without_effect(str(key), ignored[name])
+        elif name not in fields:
+            raise UserError(f"Unknown option {key!r} in {path}.{nearest(name, fields)}")
+        else:
+            values[name] = _convert(f"{key} in {path}", value, fields[name], hints[name])
+    return values
+
+
+def parse(
+    config_class: type[ConfigT],
+    argv: Sequence[str],
+    prog: str,
+    without_effect: Mapping[str, str] = types.MappingProxyType({}),
+) -> tuple[ConfigT, set[str]]:
+    """Parse a command line: flags over the recipe of `--config` over defaults.
+
+    Returns:
+        The configuration, and the names of the options that were given.
+
+    Raises:
+        UserError: If the command line or the recipe is wrong.
+    """
+    given = vars(build_parser(config_class, prog, without_effect).parse_args(argv))
+    recipe = given.pop("config", None)
+    if recipe:
+        given = {**read_recipe(recipe, config_class, without_effect), **given}
+    return config_class(**given), set(given)

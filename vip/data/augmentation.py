@@ -1,0 +1,91 @@
+"""Augmentation: timm's transforms, mixup and CutMix, as the options describe them."""
+
+from typing import Any
+
+from PIL import Image, ImageOps
+from timm.data import FastCollateMixup, Mixup, create_transform
+from timm.data.auto_augment import NAME_TO_OP
+
+from vip.data.config import AugmentationConfig
+from vip.errors import UserError
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep `bits` bits of each channel.
+
+    timm's increasing policies also ask for 0 bits. Pillow used to give a black image for that, which is what the
+    published recipes were trained with, and refuses it today.
+    """
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+NAME_TO_OP.update({name: _posterize for name in NAME_TO_OP if name.startswith("Posterize")})
+
+
+def create_mixup(config: AugmentationConfig, num_classes: int, smoothing: float, collate: bool) -> Mixup | None:
+    """Mixup and CutMix as a collate function or as a function of a batch, None where both are off."""
+    if not config.mixup_active:
+        return None
+    return (FastCollateMixup if collate else Mixup)(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        cutmix_minmax=config.cutmix_minmax,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=smoothing,
+        num_classes=num_classes,
+    )
+
+
+def create_train_transform(config: Any, data_config: dict[str, Any]) -> Any:
+    """The training transform.
+
+    Args:
+        config: An `AugmentationConfig` that is also a `LoaderConfig`.
+        data_config: What timm resolved for the model.
+
+    Raises:
+        UserError: If the augmentation policy is unknown.
+    """
+    try:
+        return _create_transform(config, data_config)
+    except (AssertionError, KeyError, ValueError, IndexError) as e:
+        raise UserError(
+            f"--aa {config.aa} is no augmentation policy timm knows ({type(e).__name__} {e}); try "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, 3a, or none."
+        ) from e
+
+
+def _create_transform(config: Any, data_config: dict[str, Any]) -> Any:
+    return create_transform(
+        data_config["input_size"],
+        is_training=True,
+        no_aug=config.no_aug,
+        train_crop_mode=config.train_crop_mode,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter,
+        color_jitter_prob=config.color_jitter_prob,
+        grayscale_prob=config.grayscale_prob,
+        gaussian_blur_prob=config.gaussian_blur_prob,
+        auto_augment=None if config.aa in (None, "", "none") else config.aa,
+        interpolation=data_config["interpolation"] if config.no_aug else config.train_interpolation,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        re_count=config.recount,
+        re_num_splits=erasing_splits(config),
+        use_prefetcher=not config.no_prefetcher,
+        separate=config.aug_splits > 1,
+    )
+
+
+def erasing_splits(config: AugmentationConfig) -> int:
+    """Splits of a batch of which random erasing leaves the first alone, 0 for none."""
+    return (config.aug_splits or 2) if config.resplit else 0

@@ -1,0 +1,82 @@
+"""Options of the data side: which images, how they are read, and how they are augmented."""
+
+from dataclasses import dataclass
+
+from vip.options import option
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """Dataset."""
+
+    data: str | None = option(None, "data set: a folder with train/ and val/, or what --dataset reads", positional=True)
+    data_dir: str | None = option(None, "the same as the positional argument", metavar="DIR")
+    dataset: str = option("", "data set type and name, such as torch/cifar10; a folder or tar file if empty", "-d")
+    dataset_download: bool = option(False, "download the data set where its type (torch/, hfds/, ...) can")
+    class_map: str = option("", "text file that maps class names to indices", metavar="FILE")
+    input_key: str | None = option(None, "name of the image column, for data sets with named columns")
+    target_key: str | None = option(None, "name of the label column, for data sets with named columns")
+    input_img_mode: str | None = option(None, "PIL mode images are converted to (default: RGB, or L for one channel)")
+
+    def __post_init__(self) -> None:
+        self.data = self.data or self.data_dir
+
+
+@dataclass(kw_only=True)
+class InputConfig:
+    """Model input; what is not given comes from the model."""
+
+    img_size: int | None = option(None, "height and width of the image", metavar="N")
+    input_size: list[int] | None = option(None, "channels, height and width of the image", metavar="N")
+    in_chans: int | None = option(None, "image channels", metavar="N")
+    crop_pct: float | None = option(None, "share of the image that the validation crop covers")
+    crop_mode: str | None = option(None, "validation crop", choices=("squash", "border", "center"))
+    mean: list[float] | None = option(None, "mean of each channel")
+    std: list[float] | None = option(None, "standard deviation of each channel")
+    interpolation: str = option("", "resizing of validation images: bilinear, bicubic, ...")
+
+
+@dataclass(kw_only=True)
+class LoaderConfig:
+    """Loading."""
+
+    workers: int = option(8, "loader processes of each training process", "-j", metavar="N")
+    pin_mem: bool = option(False, "pin host memory, which speeds up copies to a GPU")
+    no_prefetcher: bool = option(False, "normalize images in the loader processes instead of on the device")
+    max_bad_images: int = option(100, "unreadable images to skip before the run stops", metavar="N")
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """Augmentation."""
+
+    no_aug: bool = option(False, "switch all training augmentation off")
+    train_crop_mode: str | None = option(None, "training crop", choices=("rrc", "rkrc", "rkrr"))
+    scale: list[float] = option([0.08, 1.0], "range of the area of random resized crops")
+    ratio: list[float] = option([3.0 / 4.0, 4.0 / 3.0], "range of the aspect ratio of random resized crops")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    vflip: float = option(0.0, "probability of a vertical flip")
+    color_jitter: float = option(0.4, "strength of color jitter, unused with --aa")
+    color_jitter_prob: float | None = option(None, "probability of color jitter")
+    grayscale_prob: float = option(0.0, "probability of a gray image")
+    gaussian_blur_prob: float = option(0.0, "probability of a Gaussian blur")
+    aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment, RandAugment or AugMix policy; 'none' for none")
+    aug_repeats: float = option(0.0, "repeated augmentation: views of an image in one epoch")
+    aug_splits: int = option(0, "augmentation splits of a batch, 0 or at least 2")
+    reprob: float = option(0.25, "probability of random erasing")
+    remode: str = option("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
+    recount: int = option(1, "erased regions of an image")
+    resplit: bool = option(False, "do not erase in the first augmentation split")
+    mixup: float = option(0.8, "mixup alpha, 0 for none")
+    cutmix: float = option(1.0, "CutMix alpha, 0 for none")
+    cutmix_minmax: list[float] | None = option(None, "range of the CutMix ratio, instead of alpha")
+    mixup_prob: float = option(1.0, "probability of mixup or CutMix")
+    mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup")
+    mixup_mode: str = option("batch", "what shares one mixup parameter", choices=("batch", "pair", "elem"))
+    mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N")
+    train_interpolation: str = option("random", "resizing of training images: random, bilinear, bicubic")
+
+    @property
+    def mixup_active(self) -> bool:
+        """Whether targets are mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None

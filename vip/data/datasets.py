@@ -1,0 +1,196 @@
+"""Data sets: timm's readers, checked before training starts and forgiving of damaged images."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset
+from timm.data.dataset import ImageDataset
+from torch.utils.data import Dataset
+
+from vip.data.config import DatasetConfig
+from vip.data.images import UnreadableImage, decode_image
+from vip.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+_SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("val", "validation", "valid", "eval", "evaluation"),
+}
+
+
+class ReadableImageDataset(ImageDataset):
+    """timm's `ImageDataset` that survives unreadable images, names each once and stops at a limit.
+
+    In training the next readable image takes the place of an unreadable one, so that batches stay whole; in
+    evaluation it is left out (`None`, which `collate_readable` drops), so that no image counts twice.
+
+    Args:
+        dataset: The data set whose reader, target transform and image mode are used.
+        is_training: Replace unreadable images instead of leaving them out.
+        max_bad_images: Distinct unreadable images from which on reading raises `UserError`.
+    """
+
+    def __init__(self, dataset: ImageDataset, is_training: bool, max_bad_images: int) -> None:
+        super().__init__(
+            None,
+            reader=dataset.reader,
+            input_img_mode=dataset.input_img_mode,
+            target_transform=dataset.target_transform,
+        )
+        self.is_training = is_training
+        self.max_bad_images = max_bad_images
+        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # one table for all workers
+
+    def _skip(self, index: int, reason: UnreadableImage) -> None:
+        if self.unreadable[index]:
+            return
+        self.unreadable[index] = True
+        count = int(self.unreadable.sum())
+        if count > self.max_bad_images or count == len(self):
+            raise UserError(
+                f"{count} images cannot be read, the last one {self.filename(index)} ({reason}); repair or remove "
+                f"them, or allow more with --max-bad-images (now {self.max_bad_images})."
+            )
+        _logger.warning(f"Skipping unreadable image {self.filename(index)}: {reason} ({count} so far)")
+
+    def __getitem__(self, index: int) -> tuple[Any, Any] | None:
+        for i in range(len(self)):
+            sample = (index + i) % len(self)
+            file, target = self.reader[sample]
+            try:
+                image = decode_image(file, self.input_img_mode)
+            except UnreadableImage as e:
+                self._skip(sample, e)
+                if self.is_training:
+                    continue
+                return None
+            finally:
+                file.close()
+            if self.transform is not None:
+                image = self.transform(image)
+            return image, target if self.target_transform is None else self.target_transform(target)
+        raise AssertionError("unreachable: _skip raises when every image is unreadable")
+
+
+def split_folder(root: str, split: str) -> str:
+    """The folder of a split: `root/train`, `root/val`, or a name of one's own; `root` itself for an evaluation split.
+
+    Raises:
+        UserError: If there is no such folder; the message says which names were looked for.
+    """
+    if not os.path.exists(root):
+        raise UserError(f"There is no data set at {root}: give a folder that holds train/ and val/.")
+    names = next((names for names in _SPLIT_FOLDERS.values() if split in names), (split,))
+    for name in (split, *names):
+        if os.path.isdir(os.path.join(root, name)):
+            return os.path.join(root, name)
+        if os.path.isfile(os.path.join(root, f"{name}.tar")):
+            return os.path.join(root, f"{name}.tar")
+    if os.path.isfile(root):
+        return root
+    inside = sorted(e.name + "/" * e.is_dir() for e in os.scandir(root))
+    other_split = any(f"{n}/" in inside for names in _SPLIT_FOLDERS.values() for n in names)
+    if split not in _SPLIT_FOLDERS["validation"] or other_split or not any(n.endswith("/") for n in inside):
+        found = f"it holds {', '.join(inside[:5])}{', ...' * (len(inside) > 5)}" if inside else "it is empty"
+        raise UserError(f"{root} has no {' or '.join(f'{n}/' for n in dict.fromkeys((*names[:2], split)))}: {found}.")
+    return root
+
+
+def create_split(
+    config: DatasetConfig,
+    split: str,
+    is_training: bool,
+    max_bad_images: int = 100,
+    in_chans: int = 3,
+    **kwargs: Any,
+) -> Dataset:
+    """Create the data set of one split through timm.
+
+    Args:
+        config: Where the data is and of what type.
+        split: Name of the split.
+        is_training: Whether the split is trained on.
+        max_bad_images: Unreadable images to tolerate.
+        in_chans: Image channels.
+        **kwargs: Passed to `timm.data.create_dataset`.
+
+    Raises:
+        UserError: If the data is missing, has no classes, or an empty one.
+    """
+    if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
+        raise UserError("No data set given: name its folder, as in `train.py /path/to/imagenet`.")
+    root = config.data
+    plain = "/" not in config.dataset  # a folder or a tar file
+    if plain:
+        root = split_folder(str(root), split)
+    try:
+        dataset = create_dataset(
+            config.dataset,
+            root=root,
+            split=split,
+            search_split=False,
+            class_map=config.class_map or None,  # type: ignore[arg-type]  # timm takes a file name, too
+            is_training=is_training,
+            download=config.dataset_download,
+            input_key=config.input_key,
+            target_key=config.target_key,
+            input_img_mode=config.input_img_mode or ("L" if in_chans == 1 else "RGB"),
+            **kwargs,
+        )
+    except (OSError, RuntimeError, ValueError, AssertionError, ImportError, TypeError) as e:
+        raise UserError(f"Cannot open split {split!r} of {config.dataset or root}: {str(e).strip()}") from e
+    if plain:
+        _refuse_empty_classes(str(root), dataset, bool(config.class_map))
+    if isinstance(dataset, ImageDataset) and plain:
+        dataset = ReadableImageDataset(dataset, is_training, max_bad_images)
+    return dataset
+
+
+def class_to_idx(dataset: Dataset) -> dict[str, int] | None:
+    """Names and indices of the classes of a data set, None where it has no names."""
+    source = getattr(dataset, "reader", dataset)
+    return getattr(source, "class_to_idx", None)
+
+
+def _refuse_empty_classes(root: str, dataset: Dataset, has_class_map: bool) -> None:
+    if has_class_map or not os.path.isdir(root):
+        return
+    known = class_to_idx(dataset) or {}
+    folders = [e for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")]
+    empty = sorted(e.name for e in folders if e.name not in known and not any(p in known for p in os.listdir(e.path)))
+    if empty:
+        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
+        raise UserError(f"No images in {len(empty)} class folders of {root}: {names}; fill or remove them.")
+
+
+def check_same_classes(train: Dataset, val: Dataset) -> None:
+    """Refuse a validation split whose classes are not the training split's, which would shift its labels.
+
+    Raises:
+        UserError: With the names that differ.
+    """
+    classes, val_classes = class_to_idx(train), class_to_idx(val)
+    if classes is None or val_classes is None or classes == val_classes:
+        return
+    only_train, only_val = sorted(classes.keys() - val_classes), sorted(val_classes.keys() - classes)
+    parts = [
+        f"{len(names)} only in {where} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for names, where in ((only_train, "train"), (only_val, "val"))
+        if names
+    ]
+    raise UserError(
+        f"The classes of train and val differ: {' and '.join(parts) or 'same names, other indices'}. Give both splits "
+        "the same class folders, or a --class-map."
+    )
+
+
+def unreadable_files(dataset: Dataset) -> list[str]:
+    """File names of the images that could not be read so far."""
+    table = getattr(dataset, "unreadable", None)
+    if table is None:
+        return []
+    return [str(Path(dataset.filename(i))) for i in table.nonzero().flatten().tolist()]  # type: ignore[attr-defined]

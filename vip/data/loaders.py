@@ -1,0 +1,185 @@
+"""Loaders: timm's transforms, collation, mixup and prefetcher around samplers of our own choosing.
+
+timm's `create_loader` picks the sampler itself; here the order of training images is the same for any number of
+processes (so two processes at batch 16 see what one sees at 32), and evaluation visits every image exactly once.
+"""
+
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import torch
+from timm.data import AugMixDataset, Mixup, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+from torchvision import transforms
+from torchvision.datasets import VisionDataset
+
+from vip.data.augmentation import create_train_transform, erasing_splits
+from vip.data.config import LoaderConfig
+from vip.errors import UserError
+
+
+class CollateReadable:
+    """Collate what could be read of a batch: `ReadableImageDataset` gives `None` for what could not."""
+
+    def __init__(self, collate: Any, input_size: tuple[int, ...]) -> None:
+        self.collate = collate
+        self.input_size = input_size
+
+    def __call__(self, batch: list[Any]) -> Any:
+        """Collate a list of samples; a batch without a readable image has zero rows."""
+        batch = [sample for sample in batch if sample is not None]
+        if not batch:
+            return torch.empty((0, *self.input_size), dtype=torch.uint8), torch.empty(0, dtype=torch.long)
+        return self.collate(batch)
+
+
+def _set_transform(dataset: Any, transform: Any, channels: int) -> None:
+    if isinstance(dataset, VisionDataset):  # torchvision's own data sets give images of any mode
+        to_mode = transforms.Grayscale(channels) if channels == 1 else transforms.Lambda(_to_rgb)
+        transform = transforms.Compose([to_mode, transform])
+    dataset.transform = transform
+
+
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def _prefetch(loader: DataLoader, device: torch.device, data_config: dict[str, Any], **erasing: Any) -> PrefetchLoader:
+    return PrefetchLoader(
+        loader,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        channels=data_config["input_size"][0],
+        device=device,
+        **erasing,
+    )
+
+
+def create_train_loader(
+    dataset: Dataset,
+    config: Any,
+    data_config: dict[str, Any],
+    batch_size: int,
+    mixup: Mixup | None,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 42,
+) -> DataLoader | PrefetchLoader:
+    """Create the loader of training batches.
+
+    Args:
+        dataset: Training data set.
+        config: An `AugmentationConfig` that is also a `LoaderConfig`.
+        data_config: What timm resolved for the model: `input_size`, `mean`, `std`, `interpolation`.
+        batch_size: Images of a batch of one process.
+        mixup: What `create_mixup` gave for collation; used with the prefetcher only.
+        device: Device the prefetcher moves batches to.
+        rank: Index of this process.
+        world_size: Number of processes.
+        seed: Seed of the order and the augmentation.
+
+    Raises:
+        UserError: If the data set has fewer images than one batch of all processes.
+    """
+    if config.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
+    _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
+    sampler: Any = None
+    if not isinstance(dataset, IterableDataset):
+        if config.aug_repeats:
+            sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
+        else:
+            sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        _refuse_large_batch(sampler, dataset, batch_size, world_size)
+
+    collate: Any = mixup or fast_collate
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=default_collate if config.no_prefetcher else collate,
+        generator=torch.Generator().manual_seed(seed + rank),  # seeds the augmentation in the workers
+        **_worker_options(config),
+    )
+    if config.no_prefetcher:
+        return loader
+    return _prefetch(
+        loader,
+        device,
+        data_config,
+        re_prob=0.0 if config.no_aug else config.reprob,
+        re_mode=config.remode,
+        re_count=config.recount,
+        re_num_splits=erasing_splits(config),
+    )
+
+
+def _worker_options(config: LoaderConfig) -> dict[str, Any]:
+    return dict(
+        num_workers=config.workers,
+        pin_memory=config.pin_mem,
+        persistent_workers=config.workers > 0,
+    )
+
+
+def _refuse_large_batch(sampler: Sized, dataset: Any, batch_size: int, world_size: int) -> None:
+    if len(sampler) < batch_size:
+        processes = f" in each of {world_size} processes" if world_size > 1 else ""
+        raise UserError(
+            f"A batch of {batch_size}{processes} needs more than the {len(dataset)} training images there are; use "
+            f"--batch-size {max(len(sampler), 1)} or less."
+        )
+
+
+def create_eval_loader(
+    dataset: Dataset,
+    config: LoaderConfig,
+    data_config: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    tf_preprocessing: bool = False,
+) -> DataLoader | PrefetchLoader:
+    """Create the loader of evaluation batches; together the processes visit every image exactly once, in order.
+
+    Args:
+        dataset: Evaluation data set.
+        config: Workers and prefetcher.
+        data_config: What timm resolved for the model, with `crop_pct` and `crop_mode`.
+        batch_size: Images of a batch of one process.
+        device: Device the prefetcher moves batches to.
+        rank: Index of this process.
+        world_size: Number of processes.
+        tf_preprocessing: Resize and crop as TensorFlow's published models do.
+    """
+    transform = create_transform(
+        data_config["input_size"],
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        use_prefetcher=not config.no_prefetcher,
+        tf_preprocessing=tf_preprocessing,
+    )
+    _set_transform(dataset, transform, data_config["input_size"][0])
+    sampler: Iterable | None = None
+    if not isinstance(dataset, IterableDataset):
+        sampler = range(rank, len(dataset), world_size)  # type: ignore[arg-type]  # map-style data sets have a length
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        collate_fn=CollateReadable(
+            default_collate if config.no_prefetcher else fast_collate, tuple(data_config["input_size"])
+        ),
+        **_worker_options(config),
+    )
+    return loader if config.no_prefetcher else _prefetch(loader, device, data_config)

@@ -1,0 +1,9 @@
+"""The error a user can mend, shown as one line and never as a traceback."""
+
+
+class UserError(Exception):
+    """A mistake in what was asked for or given: the message says what was found, expected, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # A loader worker hands its error over as text with the worker's traceback in front of the message.
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())

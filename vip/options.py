@@ -1,0 +1,48 @@
+"""Options as dataclass fields that carry their own help text, from which flags and YAML keys are both made."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *flags: str,
+    choices: Iterable[Any] | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+    const: Any = None,
+    append: bool = False,
+) -> Any:
+    """A dataclass field that is also a command-line flag and a YAML key.
+
+    Args:
+        default: Default value.
+        help: Help text.
+        *flags: Other spellings of the flag; the flag made of the field's name always exists.
+        choices: The only values allowed.
+        metavar: Placeholder of the value in the help.
+        positional: The field is a positional argument that may be left out.
+        const: Value of the flag when it is given without one.
+        append: A list to which each use of the flag adds one value.
+    """
+    metadata = dict(
+        help=help,
+        flags=flags,
+        choices=tuple(choices) if choices else None,
+        metavar=metavar,
+        positional=positional,
+        const=const,
+        append=append,
+    )
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the known names nearest to `name`, empty if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(matches)}?" if matches else ""

@@ -1,0 +1,24 @@
+"""Where log lines go: the console, and the file of a run."""
+
+import logging
+import sys
+from pathlib import Path
+
+from vip.reporting import progress
+
+
+def setup_logging(is_primary: bool) -> None:
+    """Log to standard error: everything from the primary process, warnings from the others.
+
+    On a terminal the lines of progress bars are left out, as the bars themselves are there.
+    """
+    logging.basicConfig(level=logging.INFO if is_primary else logging.WARNING, format="%(message)s", force=True)
+    if sys.stderr.isatty():
+        logging.getLogger().handlers[0].addFilter(lambda record: record.name != progress.__name__)
+
+
+def log_to_file(path: Path) -> None:
+    """Log to a file as well, with times."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)

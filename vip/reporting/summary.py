@@ -1,0 +1,75 @@
+"""Per-epoch results of a run: timm's `summary.csv`, and TensorBoard and Weights & Biases on request."""
+
+from pathlib import Path
+from typing import Any
+
+from timm.utils import trim_summary, update_summary
+
+from vip.errors import UserError
+
+
+class Summary:
+    """Writes a row an epoch.
+
+    Args:
+        folder: Folder of the run.
+        start_epoch: Rows from this epoch on are removed: they are about to be written again.
+        config: Shown by Weights & Biases.
+        tensorboard: Write TensorBoard files into the folder.
+        wandb: Log to Weights & Biases.
+        wandb_project: Its project.
+
+    Raises:
+        UserError: If a logger that is asked for is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start_epoch: int,
+        config: dict[str, Any],
+        tensorboard: bool = False,
+        wandb: bool = False,
+        wandb_project: str | None = None,
+    ) -> None:
+        self.path = folder / "summary.csv"
+        trim_summary(str(self.path), start_epoch)
+        self.tensorboard = self.wandb = None
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
+            if wandb:
+                import wandb as wandb_module
+
+                self.wandb = wandb_module.init(
+                    project=wandb_project, name=folder.name, dir=str(folder), config=config, resume="allow"
+                )
+        except ImportError as e:
+            raise UserError(f"{e}; pip install 'vision-permutator[logging]', or log less.") from e
+
+    def write(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], **others: float) -> None:
+        """Write the results of an epoch; `others` go to TensorBoard and Weights & Biases only, but for `lr`."""
+        try:
+            update_summary(epoch, train, evaluation, str(self.path), lr=others.get("lr"))
+        except OSError as e:
+            raise UserError(f"Cannot write {self.path} ({e.strerror}); the checkpoints are intact.") from e
+        values = {
+            **{f"train/{k}": v for k, v in train.items()},
+            **{f"eval/{k}": v for k, v in evaluation.items()},
+            **others,
+        }
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, epoch)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(values, step=epoch)
+
+    def close(self) -> None:
+        """Finish the loggers."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()

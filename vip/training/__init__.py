@@ -1,0 +1,1 @@
+"""Training and evaluation: configuration, weights, precision, the engine and the run."""

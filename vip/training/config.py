@@ -1,0 +1,221 @@
+"""Options of training and validation. Defaults are those of the published training script."""
+
+from dataclasses import dataclass
+
+from vip.data.config import AugmentationConfig, DatasetConfig, InputConfig, LoaderConfig
+from vip.options import option
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Model."""
+
+    model: str = option("vip_s7", "model: any name timm knows")
+    pretrained: bool = option(False, "start from the weights that timm has for the model")
+    num_classes: int | None = option(None, "classes (default: those of the training set)", metavar="N")
+    gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax (default: the model's)")
+    model_kwargs: dict = option({}, "other arguments of the model, as name=value")
+    channels_last: bool = option(False, "channels-last memory layout")
+    torchscript: bool = option(False, "run the model through torch.jit.script")
+    torchcompile: str | None = option(None, "compile the model, with this backend", const="inductor", metavar="BACKEND")
+    torchcompile_mode: str | None = option(None, "mode of torch.compile, such as max-autotune")
+    fast_norm: bool = option(False, "normalize in low precision under AMP (Apex's fused kernel where it is installed)")
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Device and precision."""
+
+    device: str | None = option(None, "device (default: cuda where there is one, else cpu)")
+    amp: bool = option(False, "mixed precision")
+    amp_dtype: str = option("float16", "low precision of --amp", choices=("float16", "bfloat16"))
+    native_amp: bool = option(False, "the same as --amp")
+    apex_amp: bool = option(False, "float16 mixed precision with dynamic loss scaling, by Apex where apex.amp exists")
+
+
+@dataclass(kw_only=True)
+class StartConfig:
+    """Where the weights start."""
+
+    initial_checkpoint: str = option("", "load these weights, which must fit the model exactly", metavar="PATH")
+    finetune: str = option("", "load these weights; the head and the image size may differ", metavar="PATH")
+    resume: str = option(
+        "", "continue this checkpoint's run; auto: of --experiment", "-r", const="auto", metavar="PATH"
+    )
+    no_resume_opt: bool = option(False, "do not restore the optimizer on --resume")
+    eval_checkpoint: str = option("", "only validate this checkpoint", "--eval_checkpoint", metavar="PATH")
+    transfer_learning: str = option("", "published transfer script: start from --transfer-model", const="true")
+    transfer_model: str = option("", "the same as --finetune", metavar="PATH")
+    transfer_ratio: float = option(0.01, "with --transfer-learning: learning rate of the backbone over the head's")
+    grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass(kw_only=True)
+class RegularizationConfig:
+    """Loss and regularization."""
+
+    smoothing: float = option(0.1, "label smoothing")
+    jsd_loss: bool = option(False, "Jensen-Shannon loss over augmentation splits, with --aug-splits", "--jsd")
+    bce_loss: bool = option(False, "binary cross-entropy instead of cross-entropy")
+    bce_sum: bool = option(False, "sum the binary cross-entropy over classes")
+    bce_target_thresh: float | None = option(None, "binarize mixed targets at this value, with --bce-loss")
+    drop: float | None = option(None, "dropout before the head")
+    drop_path: float | None = option(0.1, "stochastic depth")
+    drop_connect: float | None = option(None, "old name of --drop-path")
+    drop_block: float | None = option(None, "drop-block rate, for models that have it")
+    bn_tf: bool = option(False, "TensorFlow's BatchNorm momentum and epsilon")
+    bn_momentum: float | None = option(None, "BatchNorm momentum")
+    bn_eps: float | None = option(None, "BatchNorm epsilon")
+    sync_bn: bool = option(False, "synchronize BatchNorm across processes")
+    dist_bn: str = option(
+        "",
+        "BatchNorm statistics after an epoch: average them, or copy the first process's",
+        choices=("", "reduce", "broadcast"),
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Optimizer."""
+
+    opt: str = option("adamw", "optimizer: any name timm knows, fused* ones by Apex")
+    opt_eps: float | None = option(None, "epsilon of the optimizer")
+    opt_betas: list[float] | None = option(None, "betas of the optimizer")
+    momentum: float = option(0.9, "momentum, for optimizers that have it")
+    weight_decay: float = option(0.05, "weight decay", "--wd")
+    layer_decay: float | None = option(None, "learning rate factor from each layer to the one before")
+    opt_kwargs: dict = option({}, "other arguments of the optimizer, as name=value")
+    clip_grad: float | None = option(None, "gradient clipping: norm, value, or AGC factor")
+    clip_mode: str = option("norm", "what --clip-grad limits", choices=("norm", "value", "agc"))
+    grad_accum_steps: int = option(1, "batches whose gradients are summed before an update", metavar="N")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate schedule."""
+
+    sched: str = option("cosine", "schedule: cosine, tanh, step, multistep, plateau, poly, wsd, rsqrt, constant, none")
+    sched_on_updates: bool = option(False, "step the schedule at every update instead of every epoch")
+    lr: float = option(5e-4, "learning rate")
+    lr_base: float | None = option(None, "instead of --lr: the rate at --lr-base-size images an update")
+    lr_base_size: int = option(256, "images an update that --lr-base is for")
+    lr_noise: list[float] | None = option(None, "on and off points of learning rate noise, as shares of the schedule")
+    lr_noise_pct: float = option(0.67, "limit of the noise")
+    lr_noise_std: float = option(1.0, "standard deviation of the noise")
+    lr_cycle_mul: float = option(1.0, "growth of the cycle length")
+    lr_cycle_decay: float = option(0.5, "decay of the learning rate from cycle to cycle")
+    lr_cycle_limit: int = option(1, "number of cycles")
+    lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
+    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up")
+    min_lr: float = option(1e-5, "lowest learning rate")
+    epochs: int = option(300, "epochs, without cool-down", metavar="N")
+    epoch_repeats: float = option(0.0, "passes over the data in one epoch, for streamed data sets that can")
+    start_epoch: int | None = option(None, "epoch to start at", metavar="N")
+    decay_milestones: list[int] = option([90, 180, 270], "epochs at which multistep decays")
+    decay_epochs: float = option(30.0, "epochs between decays of step, or length of the decay of wsd and rsqrt")
+    warmup_epochs: int = option(10, "epochs of warm-up", metavar="N")
+    warmup_prefix: bool = option(False, "warm-up epochs do not count as --epochs")
+    cooldown_epochs: int = option(10, "epochs at the lowest rate after the schedule", metavar="N")
+    patience_epochs: int = option(10, "epochs without improvement before plateau decays", metavar="N")
+    decay_rate: float = option(0.1, "factor of a decay", "--dr")
+
+
+@dataclass(kw_only=True)
+class EmaConfig:
+    """Moving average of the weights."""
+
+    model_ema: bool = option(False, "keep a moving average of the weights and evaluate it")
+    model_ema_force_cpu: bool = option(False, "keep the average on the CPU and do not evaluate it")
+    model_ema_decay: float = option(0.99996, "decay of the average")
+    model_ema_warmup: bool = option(False, "let the decay grow in the first steps")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Run."""
+
+    train_split: str = option("train", "training split")
+    val_split: str = option("validation", "validation split")
+    train_num_samples: int | None = option(None, "images of the training split, for streamed data sets")
+    val_num_samples: int | None = option(None, "images of the validation split, for streamed data sets")
+    batch_size: int = option(64, "batch of one process", "-b", "--b", metavar="N")
+    validation_batch_size_multiplier: int = option(1, "validation batch over training batch", "-vb", metavar="N")
+    validation_batch_size: int | None = option(None, "validation batch of one process", metavar="N")
+    seed: int = option(42, "seed")
+    log_interval: int = option(50, "batches between lines in the log", metavar="N")
+    recovery_interval: int = option(0, "batches between recovery checkpoints, 0 for none", metavar="N")
+    checkpoint_hist: int = option(10, "best checkpoints to keep", metavar="N")
+    save_images: bool = option(False, "save the first training batch of each log interval as an image")
+    output: str = option("", "folder of all runs (default: output/train)", metavar="DIR")
+    experiment: str = option("", "folder of this run (default: time, model and size)", metavar="NAME")
+    eval_metric: str = option("top1", "metric that picks the best checkpoint", choices=("top1", "top5", "loss"))
+    tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
+    dist_backend: str | None = option(None, "torch.distributed backend (default: nccl on GPUs, gloo on CPUs)")
+    log_tensorboard: bool = option(False, "write TensorBoard files into the run's folder")
+    log_wandb: bool = option(False, "log to Weights & Biases")
+    wandb_project: str | None = option(None, "Weights & Biases project")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(
+    RunConfig,
+    EmaConfig,
+    ScheduleConfig,
+    OptimizerConfig,
+    RegularizationConfig,
+    AugmentationConfig,
+    LoaderConfig,
+    InputConfig,
+    StartConfig,
+    PrecisionConfig,
+    ModelConfig,
+    DatasetConfig,
+):
+    """Everything a training run can be told."""
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Validation batch of one process."""
+        return self.validation_batch_size or self.batch_size * self.validation_batch_size_multiplier
+
+
+@dataclass(kw_only=True)
+class ValidateConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, DatasetConfig):
+    """Everything a validation can be told; what is not given comes from the checkpoint, then from the model."""
+
+    model: str = option("", "model, or pattern of models (default: what the checkpoint holds)", "-m")
+    checkpoint: list[str] = option(
+        [], "a checkpoint, a folder of a run, or a quoted glob pattern; may be repeated", metavar="PATH", append=True
+    )
+    split: str = option("validation", "split to validate on")
+    num_samples: int | None = option(None, "images of the split, for streamed data sets")
+    batch_size: int = option(256, "batch size", "-b", metavar="N")
+    workers: int = option(4, "loader processes", "-j", metavar="N")
+    use_ema: bool | None = option(None, "use the averaged weights (default: where the checkpoint has them)")
+    real_labels: str = option("", "ImageNet ReaL labels, any of which is right", metavar="FILE")
+    valid_labels: str = option("", "only these class indices can be predicted, one a line", metavar="FILE")
+    tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
+    test_pool: bool = option(False, "pool at test time when the image is larger than in training, for CNNs")
+    tf_preprocessing: bool = option(False, "TensorFlow's preprocessing, needs tensorflow")
+    num_gpu: int = option(1, "GPUs to spread a batch over", metavar="N")
+    log_freq: int = option(50, "batches between lines in the log", metavar="N")
+    results_file: str = option("", "write the results to this file", metavar="FILE")
+    results_format: str = option("", "its format (default: by its ending, else csv)", choices=("", "csv", "json"))
+    seed: int = option(42, "seed")
+
+
+# Published flags without a meaning today, with the placeholder of their value if they take one, and why.
+TRAIN_FLAGS_WITHOUT_EFFECT = {
+    "--local_rank N": "torchrun tells each process its rank in the environment",
+    "--local-rank N": "torchrun tells each process its rank in the environment",
+    "--split-bn": "timm's split BatchNorm has no counterpart in these training tasks",
+    "--num-gpu N": "the number of processes decides, see distributed_train.sh",
+    "--use-multi-epochs-loader": "loader processes are always kept between epochs",
+    "--worker-seeding NAME": "torch seeds Python, NumPy and torch in every loader process",
+    "--amp-impl NAME": "--amp is torch's own, --apex-amp is Apex's where it exists",
+    "--fuser NAME": "torch picks the fuser of TorchScript models",
+}
+VALIDATE_FLAGS_WITHOUT_EFFECT = {
+    "--legacy-jit": "torch has one TorchScript executor today",
+    "--fuser NAME": "torch picks the fuser of TorchScript models",
+}

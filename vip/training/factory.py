@@ -1,0 +1,151 @@
+"""Models, losses and optimizers from the configuration, all of them timm's."""
+
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.layers import set_fast_norm
+from timm.loss import create_classification_loss
+from timm.models import resolve_model_input_args
+from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
+from torch import nn
+
+from vip.data.config import InputConfig
+from vip.errors import UserError
+from vip.training.config import ModelConfig, RegularizationConfig, TrainConfig
+from vip.training.weights import check_model_name
+
+_logger = logging.getLogger(__name__)
+
+
+def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Module:
+    """Create a model by name through timm.
+
+    Args:
+        config: A `ModelConfig` that is also an `InputConfig`.
+        num_classes: Classes of the head, the model's own default if None.
+        **kwargs: Other arguments of the model.
+
+    Raises:
+        UserError: If the name is unknown or the model does not take an argument.
+    """
+    assert isinstance(config, ModelConfig) and isinstance(config, InputConfig)
+    check_model_name(config.model)
+    if config.fast_norm:
+        set_fast_norm()
+    kwargs = {"num_classes": num_classes, "global_pool": config.gp, **kwargs, **config.model_kwargs}
+    try:
+        args = resolve_model_input_args(
+            config.model,
+            _requested_input(config),
+            pretrained=config.pretrained,
+            scriptable=config.torchscript,
+            **kwargs,
+        )
+        return timm.create_model(**args)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as e:
+        raise UserError(f"Cannot create {config.model}: {str(e).strip()}") from e
+
+
+def _requested_input(config: InputConfig) -> dict[str, Any]:
+    return {"img_size": config.img_size, "input_size": config.input_size, "in_chans": config.in_chans}
+
+
+def resolve_data_config(model: nn.Module, config: InputConfig) -> dict[str, Any]:
+    """Input size, normalization, crop and interpolation: from the configuration, else from the model.
+
+    Raises:
+        UserError: If they contradict the model.
+    """
+    wanted = {
+        **_requested_input(config),
+        **{k: getattr(config, k) or None for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+    }
+    try:
+        return resolve_input_data_config(model, wanted)
+    except (ValueError, AssertionError) as e:
+        raise UserError(str(e)) from e
+
+
+def create_training_model(config: TrainConfig, num_classes: int | None) -> nn.Module:
+    """Create the model to train, with its regularization and BatchNorm settings."""
+    regularization = {
+        "drop_rate": config.drop,
+        "drop_path_rate": config.drop_path if config.drop_connect is None else config.drop_connect,
+        "drop_block_rate": config.drop_block,
+    }
+    default = RegularizationConfig().drop_path
+    try:
+        model = create_model(config, num_classes, **regularization)
+    except UserError as e:
+        if "'drop_path_rate'" not in str(e) or config.drop_path != default:
+            raise
+        _logger.warning(f"{config.model} has no stochastic depth: the default --drop-path {default} does not apply.")
+        model = create_model(config, num_classes, **dict(regularization, drop_path_rate=None))
+    _set_batch_norm(model, config)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]  # every timm model has it
+    return model
+
+
+def _set_batch_norm(model: nn.Module, config: RegularizationConfig) -> None:
+    momentum = config.bn_momentum or (0.01 if config.bn_tf else None)  # TensorFlow: 0.99, counted the other way
+    eps = config.bn_eps or (1e-3 if config.bn_tf else None)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if (momentum or eps) and not norms:
+        _logger.warning("The model has no BatchNorm: --bn-tf, --bn-momentum and --bn-eps change nothing.")
+    for norm in norms:
+        norm.momentum = momentum or norm.momentum
+        norm.eps = eps or norm.eps
+
+
+def create_criterion(config: TrainConfig) -> nn.Module:
+    """Create the training loss.
+
+    Raises:
+        UserError: If the loss options contradict each other.
+    """
+    loss_type = "jsd" if config.jsd_loss else "bce" if config.bce_loss else "ce"
+    try:
+        return create_classification_loss(
+            loss_type,
+            smoothing=config.smoothing,
+            soft_targets=config.mixup_active and not config.jsd_loss,
+            bce_sum=config.bce_sum,
+            bce_target_thresh=config.bce_target_thresh,
+            jsd_splits=config.aug_splits,
+        )
+    except ValueError as e:
+        raise UserError(f"{e} See --jsd-loss, --bce-loss and --aug-splits.") from e
+
+
+def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
+    """Create the optimizer, without weight decay on biases and norms; `--lr-base` sets `config.lr`.
+
+    Raises:
+        UserError: If the optimizer is unknown or not installed, or does not take an argument.
+    """
+    if config.lr_base is not None:
+        config.lr = config.lr_base * images_per_update / config.lr_base_size
+    kwargs = {**optimizer_kwargs(config), **config.opt_kwargs}
+    groups: nn.Module | list[dict[str, Any]] = model
+    if config.transfer_learning:
+        groups = _transfer_groups(model, config.weight_decay, config.transfer_ratio)
+    try:
+        return create_optimizer_v2(groups, **kwargs)
+    except (ValueError, AssertionError, RuntimeError, TypeError, ImportError) as e:
+        raise UserError(f"Cannot create the optimizer {config.opt}: {str(e).strip()}") from e
+
+
+def _transfer_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dict[str, Any]]:
+    """Parameter groups in which the backbone learns at `ratio` of the head's rate, as the published transfer script."""
+    head = {id(p) for p in model.get_classifier().parameters()}  # type: ignore[operator]  # every timm model has it
+    groups = []
+    for group in param_groups_weight_decay(model, weight_decay, model.no_weight_decay()):  # type: ignore[operator]
+        for in_head in (True, False):
+            params = [p for p in group["params"] if (id(p) in head) == in_head]
+            if params:
+                groups.append({**group, "params": params, "lr_scale": 1.0 if in_head else ratio})
+    return groups

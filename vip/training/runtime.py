@@ -1,0 +1,116 @@
+"""Where a process runs: its device, its place among the other processes, and its numeric precision."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import ApexScaler, NativeScaler
+from timm.utils.distributed import init_distributed_device_so
+
+from vip.errors import UserError
+from vip.training.config import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device of this process and its place among the others."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are other processes."""
+        return self.world_size > 1
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.rank == 0
+
+
+def setup_runtime(device: str | None = None, dist_backend: str | None = None) -> Runtime:
+    """Pick the device and join the process group that torchrun or Slurm set up, if any.
+
+    Raises:
+        UserError: If the device does not exist, or there are more processes than GPUs.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as e:
+        raise UserError(f"No device is called {device!r}; --device takes cpu, cuda, cuda:1, mps, ...") from e
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: torch finds no GPU here; use --device cpu or install a driver.")
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
+    info = init_distributed_device_so(device, dist_backend)
+    return Runtime(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
+
+
+def find_apex_amp() -> ModuleType | None:
+    """NVIDIA Apex's `apex.amp`, which releases after April 2025 lack (NVIDIA/apex pull request 1896).
+
+    PyPI's `apex` is an unrelated package; neither it nor an Apex without `amp` is mistaken for one.
+    """
+    try:
+        from apex import amp
+    except ImportError:
+        return None
+    return amp if all(hasattr(amp, name) for name in ("initialize", "scale_loss", "master_params")) else None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Numeric precision of a step.
+
+    Attributes:
+        autocast: Makes the context of a forward pass.
+        scaler: timm's loss scaler, None where gradients need no scaling.
+        apex_amp: The Apex module that has to initialize model and optimizer, None without Apex.
+        description: One line for the user.
+    """
+
+    autocast: Callable[[], AbstractContextManager[Any]]
+    scaler: NativeScaler | ApexScaler | None
+    apex_amp: ModuleType | None
+    description: str
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Present loss scale, None without one."""
+        scaler = getattr(self.scaler, "_scaler", None)
+        return None if scaler is None else scaler.get_scale()
+
+
+def setup_precision(config: PrecisionConfig, device: torch.device) -> Precision:
+    """Choose autocast and loss scaler from `--amp`, `--amp-dtype`, `--native-amp` and `--apex-amp`."""
+    if config.apex_amp and device.type == "cuda" and (apex_amp := find_apex_amp()):
+        return Precision(nullcontext, ApexScaler(), apex_amp, "float16 mixed precision by apex.amp (O1)")
+    if not (config.amp or config.native_amp or config.apex_amp):
+        return Precision(nullcontext, None, None, "float32")
+    dtype = torch.float16 if config.apex_amp else getattr(torch, config.amp_dtype)
+    autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    if dtype is torch.bfloat16:
+        return Precision(autocast, None, None, f"{name} mixed precision by torch")
+    why = ", as there is no apex.amp to use" if config.apex_amp else ""
+    description = f"{name} mixed precision with dynamic loss scaling by torch{why}"
+    return Precision(autocast, NativeScaler(device=device.type), None, description)
+
+
+def all_reduce_sum(value: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """Sum a tensor over all processes."""
+    if runtime.distributed:
+        dist.all_reduce(value)
+    return value

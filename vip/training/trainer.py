@@ -1,0 +1,347 @@
+"""A training run from configuration to checkpoints."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import ClassificationTask
+from timm.utils import distribute_bn, random_seed
+from torch import nn
+from torch.utils.data import Dataset
+from torchvision.utils import save_image
+
+from vip.data.augmentation import create_mixup
+from vip.data.datasets import check_same_classes, class_to_idx, create_split, unreadable_files
+from vip.data.loaders import create_eval_loader, create_train_loader
+from vip.errors import UserError
+from vip.reporting.logs import log_to_file, setup_logging
+from vip.reporting.progress import ProgressBar
+from vip.reporting.summary import Summary
+from vip.training.config import TrainConfig
+from vip.training.engine import Metrics, TrainState, evaluate, train_one_epoch
+from vip.training.factory import create_criterion, create_optimizer, create_training_model, resolve_data_config
+from vip.training.runtime import Runtime, setup_precision, setup_runtime
+from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, resume_path, run_folder
+from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
+
+_logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> None:
+    """Run a training, or only the validation that `--eval-checkpoint` asks for.
+
+    Raises:
+        UserError: For anything the user can mend.
+    """
+    runtime = setup_runtime(config.device, config.dist_backend)
+    setup_logging(runtime.is_primary)
+    trainer = Trainer(config, runtime)
+    if config.eval_checkpoint:
+        trainer.validate_checkpoint(config.eval_checkpoint)
+    else:
+        trainer.fit()
+    if runtime.distributed:
+        dist.destroy_process_group()
+
+
+class Trainer:
+    """Everything a run consists of.
+
+    Attributes:
+        state: What training changes: task, optimizer, schedule, counters.
+        train_loader: Training batches.
+        eval_loader: Validation batches.
+        eval_model: The model as validation calls it, without DDP around it.
+    """
+
+    def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        _check(config)
+        if runtime.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        random_seed(config.seed, runtime.rank)
+
+        train_data, val_data = self._open_data()
+        self.class_to_idx = class_to_idx(train_data)
+        num_classes = self._num_classes()
+        model = self._build_model(num_classes)
+        self._build_loaders(train_data, val_data, num_classes or int(model.num_classes))  # type: ignore[arg-type]
+        self._build_state(model)
+
+    def _open_data(self) -> tuple[Dataset, Dataset]:
+        config = self.config
+        common = dict(max_bad_images=config.max_bad_images, in_chans=_in_chans(config), seed=config.seed)
+        with self._primary_first(config.dataset_download):
+            train_data = create_split(
+                config,
+                config.train_split,
+                is_training=True,
+                num_samples=config.train_num_samples,
+                batch_size=config.batch_size,
+                repeats=config.epoch_repeats,
+                **common,
+            )
+            val_data = create_split(
+                config,
+                config.val_split,
+                is_training=False,
+                num_samples=config.val_num_samples,
+                batch_size=config.batch_size,
+                **common,
+            )
+        check_same_classes(train_data, val_data)
+        return train_data, val_data
+
+    @contextmanager
+    def _primary_first(self, needed: bool) -> Iterator[None]:
+        """Let the primary process go first, so that a download happens once."""
+        wait = needed and self.runtime.distributed
+        if wait and not self.runtime.is_primary:
+            dist.barrier()
+        yield
+        if wait and self.runtime.is_primary:
+            dist.barrier()
+
+    def _num_classes(self) -> int | None:
+        wanted, found = self.config.num_classes, len(self.class_to_idx or ())
+        if wanted and found and wanted != found and not self.config.class_map:
+            raise UserError(
+                f"--num-classes {wanted}, but the training set has {found} classes; leave it out or give a --class-map."
+            )
+        return wanted or found or None
+
+    def _build_model(self, num_classes: int | None) -> nn.Module:
+        config = self.config
+        model = create_training_model(config, num_classes)
+        finetune = config.finetune or (config.transfer_model if config.transfer_learning else "")
+        if config.initial_checkpoint:
+            path = find_checkpoint(config.initial_checkpoint)
+            load_weights(model, state_dict_of(read_checkpoint(path), None, path), path)
+        elif finetune:
+            _logger.info(load_finetune(model, find_checkpoint(finetune)))
+        params = sum(p.numel() for p in model.parameters())
+        self.data_config = resolve_data_config(model, config)
+        _logger.info(f"{config.model}: {params:,} parameters, input {tuple(self.data_config['input_size'])}")
+
+        model = model.to(self.runtime.device)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if config.sync_bn and self.runtime.distributed:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return torch.jit.script(model) if config.torchscript else model
+
+    def _build_loaders(self, train_data: Any, val_data: Any, num_classes: int) -> None:
+        config, runtime = self.config, self.runtime
+        mixup = create_mixup(config, num_classes, config.smoothing, collate=not config.no_prefetcher)
+        place = runtime.device, runtime.rank, runtime.world_size
+        self.mixup, self.train_data, self.val_data = mixup, train_data, val_data
+        self.train_loader: Any = create_train_loader(
+            train_data, config, self.data_config, config.batch_size, mixup, *place, seed=config.seed
+        )
+        self.eval_loader = create_eval_loader(val_data, config, self.data_config, config.eval_batch_size, *place)
+
+    def _build_state(self, model: nn.Module) -> None:
+        config, runtime = self.config, self.runtime
+        images_per_update = config.batch_size * runtime.world_size * config.grad_accum_steps
+        optimizer = create_optimizer(config, model, images_per_update)
+        precision = setup_precision(config, runtime.device)
+        if precision.apex_amp is not None:
+            model, optimizer = precision.apex_amp.initialize(model, optimizer, opt_level="O1")
+        _logger.info(f"{runtime.world_size} process(es) on {runtime.device.type}, {precision.description}")
+
+        task = ClassificationTask(model, create_criterion(config), device=runtime.device, verbose=False)
+        if config.model_ema:
+            device = torch.device("cpu") if config.model_ema_force_cpu else None
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
+        updates = -(-len(self.train_loader) // config.grad_accum_steps)
+        scheduler, self.epochs = _create_scheduler(config, optimizer, updates)
+        self.state = TrainState(task, optimizer, scheduler, precision)
+        self.resumed = resume_path(config)
+        if self.resumed:
+            resume(self.state, self.resumed, config)
+        if config.start_epoch is not None:
+            self.state.epoch = config.start_epoch
+        self.state.updates = self.state.updates or self.state.epoch * updates
+        if scheduler is not None and self.state.epoch:
+            if config.sched_on_updates:
+                scheduler.step_update(self.state.updates)
+            elif config.sched != "plateau":
+                scheduler.step(self.state.epoch)
+
+        self.eval_model = model
+        if config.torchcompile:
+            self.eval_model = task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+        if runtime.distributed:
+            device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
+            task.prepare_distributed(device_ids=device_ids)
+
+    def fit(self) -> None:
+        """Train, validate and save, epoch by epoch."""
+        state, config = self.state, self.config
+        folder, saver, summary = self._open_folder() if self.runtime.is_primary else (None, None, None)
+        best: tuple[float | None, int | None] = (None, None)
+        for epoch in range(state.epoch, self.epochs):
+            state.epoch = epoch
+            train_metrics, images_per_second = self._train_epoch(epoch, folder, saver)
+            metrics = self._evaluate_epoch(epoch)
+            lr = state.lr
+            metric = metrics[config.eval_metric]
+            if state.scheduler is not None:
+                state.scheduler.step(epoch + 1, metric)
+            if saver is not None and summary is not None:
+                summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
+                best = saver.save_checkpoint(epoch, metric)
+        if summary is not None:
+            summary.close()
+            if best[0] is not None:
+                _logger.info(f"Best {config.eval_metric} {best[0]:.3f} in epoch {best[1]}")
+            _logger.info(f"Results are in {folder}")
+
+    def _open_folder(self) -> tuple[Path, RunSaver, Summary]:
+        config, state = self.config, self.state
+        folder = run_folder(config, self.data_config["input_size"][1:])
+        args = dataclasses.asdict(config)
+        kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 1
+        prepare_folder(folder, args, checkpoint_bytes(state, kept))
+        log_to_file(folder / "train.log")
+        extras = {"data_config": self.data_config, "class_to_idx": self.class_to_idx}
+        saver = RunSaver(state, folder, config, extras, args)
+        if self.resumed and Path(self.resumed).parent == folder:
+            saver.load_state_dict_from_checkpoint(self.resumed)
+        summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
+        return folder, saver, summary
+
+    def _progress(self, title: str, loader: Any) -> ProgressBar:
+        batches = len(loader) if hasattr(loader, "__len__") else None
+        quiet = not self.runtime.is_primary
+        return ProgressBar(title, batches, self.config.log_interval, self.runtime.device, quiet)
+
+    def _train_epoch(self, epoch: int, folder: Path | None, saver: RunSaver | None) -> tuple[dict[str, float], float]:
+        config = self.config
+        for ordered in (self.train_loader.sampler, self.train_data):
+            if hasattr(ordered, "set_epoch"):
+                ordered.set_epoch(epoch)
+        if config.mixup_off_epoch and epoch >= config.mixup_off_epoch and self.mixup is not None:
+            self.mixup.mixup_enabled = False
+
+        def on_batch(i: int, images: torch.Tensor) -> None:
+            if saver is not None and config.recovery_interval and (i + 1) % config.recovery_interval == 0:
+                saver.save_recovery(epoch, i)
+            if folder is not None and config.save_images and i % config.log_interval == 0:
+                save_image(images, folder / f"train-batch-{epoch}-{i}.jpg", padding=0, normalize=True)
+
+        with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
+            mixup = self.mixup if config.no_prefetcher else None
+            metrics = train_one_epoch(self.state, self.train_loader, config, self.runtime, progress, mixup, on_batch)
+        if skipped := unreadable_files(self.train_data):
+            _logger.warning(f"{len(skipped)} unreadable training images were replaced: {', '.join(skipped[:5])}")
+        model = self.state.task.get_trainable_module()
+        if self.runtime.distributed and config.dist_bn:
+            distribute_bn(model, self.runtime.world_size, config.dist_bn == "reduce")
+        return metrics, progress.images_per_second
+
+    def _evaluate_epoch(self, epoch: int) -> dict[str, float]:
+        metrics = self._evaluate(self.eval_model, f"Validation {epoch}")
+        if self.config.model_ema and not self.config.model_ema_force_cpu:
+            ema: Any = self.state.task.get_eval_model(ema=True)
+            if self.runtime.distributed and self.config.dist_bn:
+                distribute_bn(ema, self.runtime.world_size, self.config.dist_bn == "reduce")
+            metrics = self._evaluate(ema, f"Validation {epoch} (averaged weights)")
+        return metrics.summary()
+
+    def _evaluate(self, model: nn.Module, title: str) -> Metrics:
+        config = self.config
+        with self._progress(title, self.eval_loader) as progress:
+            metrics = evaluate(
+                model,
+                self.eval_loader,
+                self.runtime,
+                self.state.precision,
+                progress,
+                channels_last=config.channels_last,
+                tta=config.tta,
+            )
+        if skipped := unreadable_files(self.val_data):
+            _logger.warning(f"{len(skipped)} unreadable validation images were left out: {', '.join(skipped[:5])}")
+        _logger.info(
+            f"{title}: top-1 {metrics.top1:.3f} ({metrics.correct1} of {metrics.count}), top-5 {metrics.top5:.3f}, "
+            f"loss {metrics.loss:.4f}, {progress.images_per_second * self.runtime.world_size:,.0f} img/s"
+        )
+        return metrics
+
+    def validate_checkpoint(self, path: str) -> Metrics:
+        """Load a checkpoint and evaluate it on the validation split."""
+        file = find_checkpoint(path)
+        model = self.eval_model
+        load_weights(getattr(model, "_orig_mod", model), state_dict_of(read_checkpoint(file), None, file), file)
+        return self._evaluate(model, f"Validation of {file}")
+
+
+def _in_chans(config: TrainConfig) -> int:
+    return config.input_size[0] if config.input_size else config.in_chans or 3
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse options that contradict each other."""
+    for name in ("batch_size", "epochs", "grad_accum_steps", "log_interval", "checkpoint_hist"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1.")
+    if config.mixup_active and config.batch_size % 2:
+        raise UserError(
+            f"Mixup and CutMix pair the images of a batch, and --batch-size {config.batch_size} is odd; use an even "
+            "one, or --mixup 0 --cutmix 0."
+        )
+    if config.mixup_active and config.aug_splits > 1:
+        raise UserError("--aug-splits does not go with mixup and CutMix: add --mixup 0 --cutmix 0.")
+    if config.aug_splits == 1 or config.aug_splits < 0:
+        raise UserError(f"--aug-splits is {config.aug_splits}, expected 0 or at least 2.")
+    if config.input_size and len(config.input_size) != 3:
+        raise UserError(f"--input-size takes channels, height and width, {len(config.input_size)} numbers came.")
+    if config.transfer_learning and not (config.transfer_model or config.finetune):
+        raise UserError("--transfer-learning needs the weights to start from: --transfer-model PATH.")
+    starts = [n for n in ("initial_checkpoint", "finetune") if getattr(config, n)]
+    if len(starts) > 1:
+        raise UserError("--initial-checkpoint and --finetune both name weights to start from; give one.")
+
+
+def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> tuple[Any, int]:
+    try:
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=updates)
+    except (ValueError, AssertionError) as e:
+        raise UserError(f"--sched {config.sched}: {e}") from e
+
+
+def resume(state: TrainState, path: str, config: TrainConfig) -> None:
+    """Continue from a checkpoint: weights, their average, optimizer, loss scale, schedule and counters.
+
+    Raises:
+        UserError: If it is no training state, or one of another model.
+    """
+    checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+        raise UserError(f"{path} holds weights and no training state; start from it with --initial-checkpoint.")
+    task: Any = state.task
+    load_weights(task.get_trainable_module(), state_dict_of(checkpoint, False, path), path)
+    if task.has_ema():
+        load_weights(task.get_trainable_module(ema=True).module, state_dict_of(checkpoint, None, path), path)
+    if not config.no_resume_opt:
+        try:
+            state.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError) as e:
+            raise UserError(f"{path} was trained with another optimizer ({e}); add --no-resume-opt.") from e
+        scaler = state.precision.scaler
+        if scaler is not None and scaler.state_dict_key in checkpoint:
+            scaler.load_state_dict(checkpoint[scaler.state_dict_key])
+        if config.sched == "plateau" and "lr_scheduler" in checkpoint:  # the only schedule with a memory
+            state.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    state.epoch = checkpoint["epoch"] + (checkpoint.get("version", 1) > 1)
+    state.updates = checkpoint.get("num_updates", 0)
+    _logger.info(f"Resuming {path} at epoch {state.epoch}")

@@ -1,0 +1,270 @@
+"""Validation of checkpoints and models: one, or a table of many."""
+
+import dataclasses
+import glob
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import RealLabelsImagenet
+from timm.layers import apply_test_time_pool
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import Dataset
+
+from vip.data.datasets import class_to_idx, create_split, unreadable_files
+from vip.data.loaders import create_eval_loader
+from vip.errors import UserError
+from vip.reporting.logs import setup_logging
+from vip.reporting.progress import ProgressBar
+from vip.reporting.results import format_result, format_table, result_row, write_results
+from vip.training.config import ValidateConfig
+from vip.training.engine import Metrics, evaluate
+from vip.training.factory import create_model, resolve_data_config
+from vip.training.runtime import Runtime, setup_precision, setup_runtime
+from vip.training.weights import find_checkpoint, load_weights, read_checkpoint, recognise, state_dict_of
+
+_logger = logging.getLogger(__name__)
+
+# What a checkpoint's `args` say about how its model is to be evaluated, obeyed unless a flag says otherwise.
+_FROM_CHECKPOINT = (
+    "img_size",
+    "input_size",
+    "in_chans",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "interpolation",
+    "gp",
+    "model_kwargs",
+    "amp",
+    "amp_dtype",
+    "native_amp",
+    "apex_amp",
+    "channels_last",
+    "fast_norm",
+    "tta",
+)
+
+
+def validate_all(config: ValidateConfig, given: set[str]) -> int:
+    """Validate what the configuration names and print the results.
+
+    Args:
+        config: What to validate, and how.
+        given: Options the user gave, which win over what a checkpoint says.
+
+    Returns:
+        0, or 1 if some of several could not be validated.
+
+    Raises:
+        UserError: If there is one thing to validate and it cannot be, or nothing.
+    """
+    runtime = setup_runtime(config.device)
+    setup_logging(runtime.is_primary)
+    random_seed(config.seed, runtime.rank)
+    jobs = _jobs(config)
+    rows: list[dict[str, Any]] = []
+    for name, job in jobs:
+        try:
+            rows.append(validate(job, given, runtime))
+        except (UserError, torch.OutOfMemoryError) as e:
+            if len(jobs) == 1:
+                raise UserError(str(e)) from e
+            _logger.error(f"{name}: {e}")
+            rows.append({"model": name, "error": str(e)})
+    if runtime.is_primary:
+        print(format_table(rows) if len(rows) > 1 else format_result(rows[0]))
+        print(f"--result\n{json.dumps(rows if len(rows) > 1 else rows[0], indent=4)}")
+        if config.results_file:
+            write_results(config.results_file, config.results_format, rows)
+    return int(any("error" in row for row in rows))
+
+
+def _jobs(config: ValidateConfig) -> list[tuple[str, ValidateConfig]]:
+    """One configuration a checkpoint, or a model."""
+    if config.checkpoint:
+        paths = []
+        for pattern in config.checkpoint:
+            found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+            if not found:
+                raise UserError(f"No file matches {pattern}.")
+            paths += found
+        return [(path, dataclasses.replace(config, checkpoint=[path])) for path in paths]
+    if not config.model:
+        raise UserError("Nothing to validate: give --checkpoint PATH, or --model NAME --pretrained.")
+    names = timm.list_models(config.model, pretrained=True) if glob.has_magic(config.model) else [config.model]
+    if not names:
+        raise UserError(f"No model with pretrained weights matches {config.model!r}.")
+    return [(name, dataclasses.replace(config, model=name, pretrained=True)) for name in names]
+
+
+def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[str, Any]:
+    """Validate one checkpoint, or one pretrained model.
+
+    Args:
+        config: What to validate; `checkpoint` has at most one entry.
+        given: Options the user gave, which win over what the checkpoint says.
+        runtime: Device and processes.
+
+    Returns:
+        A row of results under timm's names.
+
+    Raises:
+        UserError: For anything the user can mend.
+    """
+    checkpoint: dict[str, Any] = {}
+    if config.checkpoint:
+        path = find_checkpoint(config.checkpoint[0])
+        checkpoint = read_checkpoint(path)
+        config = _complete(config, checkpoint, given)
+        model = _load_model(config, checkpoint, path)
+        source = str(path)
+    else:
+        model = create_model(config, config.num_classes)
+        source = config.model
+    data_config = resolve_data_config(model, config)
+    dataset = _open_split(config, data_config["input_size"][0], model, checkpoint)
+    param_count = sum(p.numel() for p in model.parameters())
+    model = _prepare(model, config, data_config, runtime)
+    metrics, images_per_second = _run(model, dataset, config, data_config, runtime)
+    return result_row(config.model, source, metrics, param_count, data_config, images_per_second)
+
+
+def _complete(config: ValidateConfig, checkpoint: dict[str, Any], given: set[str]) -> ValidateConfig:
+    """Fill in what was not given from the checkpoint's own `args`."""
+    args = checkpoint.get("args", {})
+    args = args if isinstance(args, dict) else vars(args)  # timm's are a namespace
+    known = {k: args[k] for k in _FROM_CHECKPOINT if args.get(k) is not None and k not in given}
+    if {"img_size", "input_size"} & given:
+        known.pop("img_size", None), known.pop("input_size", None)
+    if {"amp", "amp_dtype", "native_amp", "apex_amp"} & given:
+        known = {k: v for k, v in known.items() if "amp" not in k}
+    if "batch_size" not in given and "validation_batch_size_multiplier" in args:
+        # the same batches as in training, so that results agree to the last digit
+        factor = args["validation_batch_size_multiplier"]
+        known["batch_size"] = args["validation_batch_size"] or args["batch_size"] * factor
+    if config.use_ema is None and args.get("model_ema_force_cpu"):
+        known["use_ema"] = False  # training did not evaluate them either
+    fields = {f.name for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in known.items() if k in fields})
+
+
+def _load_model(config: ValidateConfig, checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    state_dict = state_dict_of(checkpoint, config.use_ema, path)
+    arch = checkpoint.get("arch")
+    if not config.model:
+        arch = arch if isinstance(arch, str) and timm.is_model(arch) else recognise(state_dict)
+        if not arch:
+            raise UserError(f"{path} does not say which model it is of, and it is none of ours; name it with --model.")
+        config.model = arch
+        _logger.info(f"{path} holds {arch}")
+    head = next((state_dict[k] for k in ("head.weight", "fc.weight", "head.fc.weight") if k in state_dict), None)
+    num_classes = config.num_classes or (len(head) if head is not None else None)
+    model = create_model(dataclasses.replace(config, pretrained=False), num_classes)
+    load_weights(model, state_dict, path)
+    return model
+
+
+def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: dict[str, Any]) -> Dataset:
+    dataset = create_split(
+        config,
+        config.split,
+        is_training=False,
+        in_chans=in_chans,
+        max_bad_images=config.max_bad_images,
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        load_bytes=config.tf_preprocessing,
+    )
+    found, trained_on = class_to_idx(dataset), checkpoint.get("class_to_idx")
+    if found is None or config.class_map or config.valid_labels or config.real_labels:
+        return dataset
+    if len(found) != model.num_classes:
+        raise UserError(
+            f"{config.data} has {len(found)} classes and the model {model.num_classes}: is it the data set the model "
+            "was trained on? For part of it give a --class-map or --valid-labels."
+        )
+    if trained_on and trained_on != found:
+        differ = next(name for name in found if trained_on.get(name) != found[name])
+        raise UserError(f"{config.data} has other classes than the model was trained on, for example {differ!r}.")
+    return dataset
+
+
+def _prepare(model: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime) -> nn.Module:
+    if config.test_pool:
+        model, pooled = apply_test_time_pool(model, data_config)
+        if pooled:
+            data_config["crop_pct"] = 1.0
+    model = model.to(runtime.device).eval()
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.torchscript:
+        model = torch.jit.script(model)
+    elif config.torchcompile:
+        model = torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)
+    if config.num_gpu > 1:
+        if torch.cuda.device_count() < config.num_gpu:
+            raise UserError(f"--num-gpu {config.num_gpu}, but there are {torch.cuda.device_count()} GPUs.")
+        model = nn.DataParallel(model, device_ids=list(range(config.num_gpu)))
+    return model
+
+
+def _run(
+    model: nn.Module, dataset: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime
+) -> tuple[Metrics, float]:
+    place = runtime.device, runtime.rank, runtime.world_size
+    loader = create_eval_loader(dataset, config, data_config, config.batch_size, *place, config.tf_preprocessing)
+    precision = setup_precision(config, runtime.device)
+    real_labels = _real_labels(config, dataset, runtime)
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    with ProgressBar("Validation", batches, config.log_freq, runtime.device, not runtime.is_primary) as progress:
+        metrics = evaluate(
+            model,
+            loader,
+            runtime,
+            precision,
+            progress,
+            channels_last=config.channels_last,
+            tta=config.tta,
+            label_subset=_label_subset(config.valid_labels),
+            on_output=None if real_labels is None else real_labels.add_result,
+        )
+    if skipped := unreadable_files(dataset):
+        _logger.warning(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}")
+    if real_labels is not None:
+        top1, top5 = real_labels.get_accuracy(k=1), real_labels.get_accuracy(k=5)
+        count = sum(bool(labels) for labels in real_labels.real_labels)
+        metrics = dataclasses.replace(
+            metrics,
+            top1=top1,
+            top5=top5,
+            count=count,
+            correct1=round(top1 * count / 100),
+            correct5=round(top5 * count / 100),
+        )
+    return metrics, progress.images_per_second * runtime.world_size
+
+
+def _label_subset(path: str) -> torch.Tensor | None:
+    if not path:
+        return None
+    try:
+        return torch.tensor([int(line) for line in Path(path).read_text().split()])
+    except (OSError, ValueError) as e:
+        raise UserError(f"--valid-labels {path} is not a file of class indices, one a line: {e}") from e
+
+
+def _real_labels(config: ValidateConfig, dataset: Any, runtime: Runtime) -> RealLabelsImagenet | None:
+    if not config.real_labels:
+        return None
+    if runtime.distributed:
+        raise UserError("--real-labels needs the predictions in one process; validate without torchrun.")
+    try:
+        return RealLabelsImagenet(dataset.filenames(basename=True), real_json=config.real_labels)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--real-labels {config.real_labels} cannot be read: {e}") from e

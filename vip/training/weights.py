@@ -1,0 +1,218 @@
+"""Weights: reading checkpoint files safely, recognising what they hold, and loading them with clear errors."""
+
+import argparse
+import importlib
+import logging
+import pickle
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import clean_state_dict
+from timm.models._manipulate import adapt_input_conv
+from torch import nn
+
+from vip.errors import UserError
+from vip.options import nearest
+
+_logger = logging.getLogger(__name__)
+
+StateDict = dict[str, torch.Tensor]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file at `path`: a file, or the best (else last) checkpoint of a run's folder.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("model_best.pth.tar", "last.pth.tar"):
+            if (path / name).is_file():
+                return path / name
+        files = sorted(f for ext in ("*.pth.tar", "*.pth", "*.pt", "*.safetensors") for f in path.glob(ext))
+        if len(files) == 1:
+            return files[0]
+        found = f"{len(files)} checkpoints to choose from" if files else "no checkpoint"
+        raise UserError(f"The folder {path} holds {found} and no model_best.pth.tar; name the file.")
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file (`.pth`, `.pth.tar`, `.safetensors`) without running any code it may hold.
+
+    Returns:
+        Its content: a training state with `state_dict`, or bare weights.
+
+    Raises:
+        UserError: If the file is missing, damaged, or needs unpickling code.
+    """
+    path = find_checkpoint(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their args as one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        needs = _unsafe_globals(path)
+        if needs:
+            raise UserError(
+                f"{path} is refused: loading it would run code ({', '.join(needs[:3])}). Save its weights alone, with "
+                "torch.save(model.state_dict(), ...), where you trust it."
+            ) from e
+        raise UserError(f"{path} is no checkpoint or is damaged: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # bytes that are no checkpoint make the readers raise nearly anything
+        raise UserError(f"{path} is no checkpoint or is damaged: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a dictionary of weights.")
+    return content
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    if not zipfile.is_zipfile(path):
+        return []
+    return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+
+
+def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | Path = "checkpoint") -> StateDict:
+    """The weights of a checkpoint without DDP and compile prefixes.
+
+    Args:
+        checkpoint: What `read_checkpoint` gave.
+        use_ema: Take the averaged weights; None: where there are any.
+        path: Name for messages.
+
+    Raises:
+        UserError: If averaged weights are asked for and there are none, or there are no weights at all.
+    """
+    ema = next((checkpoint[k] for k in ("state_dict_ema", "model_ema") if checkpoint.get(k)), None)
+    if use_ema and ema is None:
+        raise UserError(f"{path} has no averaged weights; leave out --use-ema.")
+    plain = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    state = plain if ema is None or use_ema is False else ema
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no weights: expected a dictionary of tensors, or one under 'state_dict'.")
+    return clean_state_dict(state)
+
+
+def _is_fixed(name: str) -> bool:
+    """Whether the shape of a parameter follows from the architecture, not from classes, channels or image size."""
+    return not name.startswith(("head.", "aux_head.", "patch_embed.proj", "pos_embed")) and not name.endswith(
+        (".mlp_h.weight", ".mlp_w.weight")
+    )
+
+
+def recognise(state_dict: StateDict) -> str | None:
+    """The name of the model of this library whose parameters these are, whatever classes and image size."""
+    shapes = {k: v.shape for k, v in state_dict.items() if _is_fixed(k)}
+    for name in timm.list_models(module=[m for m in timm.list_modules() if m in _our_modules()]):
+        model = timm.create_model(name, device="meta")
+        if shapes == {k: v.shape for k, v in model.state_dict().items() if _is_fixed(k)}:
+            return name
+    return None
+
+
+def _our_modules() -> set[str]:
+    import vip.models
+
+    return {Path(str(f)).stem for f in Path(vip.models.__file__).parent.glob("*.py")}
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name timm does not know, with the nearest ones it does.
+
+    Raises:
+        UserError: If the model is unknown.
+    """
+    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"No model is called {name!r}.{nearest(name, timm.list_models())}")
+
+
+def filter_for(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """Apply the model family's own `checkpoint_filter_fn`: old names, other image sizes."""
+    module = importlib.import_module(type(model).__module__)
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    return convert(state_dict, model) if convert else state_dict
+
+
+def load_weights(model: nn.Module, state_dict: StateDict, path: str | Path) -> None:
+    """Load weights that must fit the model; another image size is resampled.
+
+    Raises:
+        UserError: If they do not fit; the message says what differs.
+    """
+    state_dict = filter_for(model, state_dict)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as e:
+        raise UserError(_describe_mismatch(model, state_dict, path)) from e
+
+
+def _describe_mismatch(model: nn.Module, state_dict: StateDict, path: str | Path) -> str:
+    own = model.state_dict()
+    wrong = [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape and _is_fixed(k)]
+    heads = [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape and k.startswith("head.")]
+    missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    if heads and not (wrong or missing or unknown):
+        there, here = len(state_dict[heads[0]]), len(own[heads[0]])
+        return f"{path} has {there} classes, the model {here}; use --num-classes {there}, or --finetune for a new head."
+    facts = Counter({"of another shape": len(wrong), "missing": len(missing), "unknown": len(unknown)})
+    counts = ", ".join(f"{n} {what}" for what, n in facts.items() if n)
+    example = ""
+    if wrong:
+        key = min(wrong, key=list(own).index)
+        example = f" For example {key} is {list(state_dict[key].shape)} there and {list(own[key].shape)} in the model."
+    elif missing or unknown:
+        example = f" For example {min(missing or unknown)} is {'missing' if missing else 'unknown'}."
+    found = recognise(state_dict)
+    advice = f" It holds {found}: use --model {found}." if found and found != name else ""
+    return f"The weights in {path} do not fit {name}: {counts or 'some'} of {len(own)} tensors.{example}{advice}"
+
+
+def load_finetune(model: nn.Module, path: str | Path) -> str:
+    """Load the weights of another task: the head is made anew where its classes differ, other sizes are resampled.
+
+    Args:
+        model: The model to load into.
+        path: A checkpoint; its averaged weights are taken where it has them.
+
+    Returns:
+        One line on what was kept and what was made anew.
+
+    Raises:
+        UserError: If anything but the head, the image size and the input channels differs.
+    """
+    source = state_dict_of(read_checkpoint(path), None, path)
+    state_dict = filter_for(model, dict(source))
+    own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
+    remade = []
+    classifiers = cfg.get("classifier") or ()
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        for key in (f"{classifier}.weight", f"{classifier}.bias"):
+            if key in own and (key not in state_dict or state_dict[key].shape != own[key].shape):
+                there = f"{len(state_dict[key])} classes" if key in state_dict else "none"
+                remade.append(f"{key} ({there} there, {len(own[key])} here)")
+                state_dict[key] = own[key]
+            elif key not in own:
+                state_dict.pop(key, None)
+    first = f"{cfg.get('first_conv')}.weight"
+    if first in own and first in state_dict and own[first].shape[1] != state_dict[first].shape[1]:
+        remade.append(f"{first} ({state_dict[first].shape[1]} channels there, {own[first].shape[1]} here, converted)")
+        state_dict[first] = adapt_input_conv(own[first].shape[1], state_dict[first])
+    known = {k for k in own if k in source and k != first and not any(r.startswith(k) for r in remade)}
+    resampled = [k for k in known if own[k].shape != source[k].shape]
+    load_weights(model, state_dict, path)
+    parts = [f"kept {len(own) - len(remade) - len(resampled)} of {len(own)} tensors"]
+    if resampled:
+        parts.append(f"resampled {len(resampled)} to the new image size")
+    parts.append(f"made anew: {', '.join(remade)}" if remade else "nothing made anew")
+    return f"Fine-tuning {path}: {'; '.join(parts)}."
