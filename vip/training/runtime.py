@@ -1,5 +1,6 @@
 """Where a process runs: its device, its place among the other processes, and its numeric precision."""
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -37,8 +38,13 @@ class Runtime:
         return self.rank == 0
 
 
-def setup_runtime(device: str | None = None, dist_backend: str | None = None) -> Runtime:
+def setup_runtime(device: str | None = None, dist_backend: str | None = None, workers: int = 0) -> Runtime:
     """Pick the device and join the process group that torchrun or Slurm set up, if any.
+
+    Args:
+        device: Device, CUDA where there is one if None.
+        dist_backend: Backend of the process group, that of the device if None.
+        workers: Loader processes, which on a CPU get cores of their own.
 
     Raises:
         UserError: If the device does not exist, or there are more processes than GPUs.
@@ -54,8 +60,16 @@ def setup_runtime(device: str | None = None, dist_backend: str | None = None) ->
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
+    if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        _leave_cores_to_workers(workers)
     info = init_distributed_device_so(device, dist_backend)
     return Runtime(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
+
+
+def _leave_cores_to_workers(workers: int) -> None:
+    """Keep torch's threads off the cores of the loader processes: OpenMP threads that share a core crawl."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores - min(workers, math.ceil(cores / 4))))
 
 
 def find_apex_amp() -> ModuleType | None:

@@ -43,6 +43,18 @@ def resume_path(config: TrainConfig) -> str:
     return str(last) if last.exists() else ""
 
 
+def refuse_existing_run(folder: Path) -> None:
+    """Refuse to start a run over the checkpoints of another.
+
+    Raises:
+        UserError: If the folder holds a run.
+    """
+    if (folder / "last.pth.tar").exists():
+        raise UserError(
+            f"{folder} holds a run already: continue it with --resume auto, or choose another --experiment."
+        )
+
+
 def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> None:
     """Create the folder of a run and write its `args.yaml`.
 

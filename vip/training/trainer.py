@@ -28,7 +28,7 @@ from vip.training.config import TrainConfig
 from vip.training.engine import Metrics, TrainState, evaluate, train_one_epoch
 from vip.training.factory import create_criterion, create_optimizer, create_training_model, resolve_data_config
 from vip.training.runtime import Runtime, setup_precision, setup_runtime
-from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, resume_path, run_folder
+from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         UserError: For anything the user can mend.
     """
-    runtime = setup_runtime(config.device, config.dist_backend)
+    runtime = setup_runtime(config.device, config.dist_backend, config.workers)
     setup_logging(runtime.is_primary)
     trainer = Trainer(config, runtime)
     if config.eval_checkpoint:
@@ -210,6 +210,8 @@ class Trainer:
         folder = run_folder(config, self.data_config["input_size"][1:])
         args = dataclasses.asdict(config)
         kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 1
+        if not (self.resumed and Path(self.resumed).parent == folder):
+            refuse_existing_run(folder)
         prepare_folder(folder, args, checkpoint_bytes(state, kept))
         log_to_file(folder / "train.log")
         extras = {"data_config": self.data_config, "class_to_idx": self.class_to_idx}

@@ -64,7 +64,7 @@ def validate_all(config: ValidateConfig, given: set[str]) -> int:
     Raises:
         UserError: If there is one thing to validate and it cannot be, or nothing.
     """
-    runtime = setup_runtime(config.device)
+    runtime = setup_runtime(config.device, workers=config.workers)
     setup_logging(runtime.is_primary)
     random_seed(config.seed, runtime.rank)
     jobs = _jobs(config)

@@ -1,0 +1,29 @@
+# make demo: install, train a Vision Permutator on real images, validate it.   make test: install, run every test.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test lint install clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+demo: install
+	rm -rf output/train/demo
+	$(PY) -m vip make-digits data/digits
+	$(PY) train.py data/digits --config models/vip_nano4_32/digits.yaml --experiment demo
+	PYTHON=$(PY) bash eval.sh data/digits/val output/train/demo
+
+test: install
+	$(PY) -m pytest
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv output data build dist *.egg-info
