@@ -1,0 +1,173 @@
+"""The model zoo: recipes, model cards and published logs say what they should, and the same thing."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import vip  # noqa: F401  registers the models
+from vip.cli.arguments import parse, read_recipe
+from vip.training.config import TrainConfig
+from vip.training.factory import create_optimizer
+from vip.training.trainer import _create_scheduler
+
+ZOO = Path(__file__).parent.parent / "models"
+FOLDERS = sorted(path.parent for path in ZOO.glob("*/recipe.yaml"))
+PUBLISHED = ["vip_s14", "vip_s7", "vip_m7", "vip_l7"]
+LOGGED = ["vip_s7", "vip_m7", "vip_l7"]
+
+# The flags of the published ViP-Small/7 command; its --apex-amp is float16 AMP in the recipe.
+S7_COMMAND = """--model vip_s7 -b 256 -j 8 --opt adamw --epochs 300 --sched cosine --img-size 224 --drop-path 0.1
+--lr 2e-3 --weight-decay 0.05 --remode pixel --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --mixup 0.8
+--cutmix 1.0 --warmup-lr 1e-6 --warmup-epochs 20"""
+S7_AMP = dict(amp=True, amp_dtype="float16")
+# The published script's own defaults for what the command leaves out.
+SCRIPT_DEFAULTS = dict(
+    seed=42,
+    clip_grad=None,
+    model_ema=False,
+    min_lr=1e-5,
+    cooldown_epochs=10,
+    lr_cycle_limit=1,
+    lr_noise=None,
+    drop=0.0,
+    train_interpolation="random",
+    scale=[0.08, 1.0],
+    ratio=[3 / 4, 4 / 3],
+    hflip=0.5,
+    vflip=0.0,
+    color_jitter=0.4,
+    aug_splits=0,
+    recount=1,
+    cutmix_minmax=None,
+    mixup_prob=1.0,
+    mixup_switch_prob=0.5,
+    mixup_mode="batch",
+    mixup_off_epoch=0,
+    eval_metric="top1",
+)
+# What the published script did not have, at the value that leaves it out.
+NEWER = dict(
+    grad_accum_steps=1,
+    layer_decay=None,
+    sched_on_updates=False,
+    warmup_prefix=False,
+    lr_k_decay=1.0,
+    aug_repeats=0.0,
+)
+
+
+def recipe(model: str) -> dict:
+    return read_recipe(str(ZOO / model / "recipe.yaml"), TrainConfig)
+
+
+def card(model: str) -> str:
+    return (ZOO / model / "README.md").read_text(encoding="utf-8")
+
+
+def log(model: str) -> list[dict[str, str]]:
+    with open(ZOO / model / "published_log.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def fact(model: str, name: str) -> str:
+    found = re.search(rf"^\| {re.escape(name)} \| (.+) \|$", card(model), re.MULTILINE)
+    assert found, f"the card of {model} has no row {name!r}"
+    return found[1]
+
+
+def test_published_models_are_there():
+    assert set(PUBLISHED) <= {folder.name for folder in FOLDERS}
+    assert {path.parent.name for path in ZOO.glob("*/published_log.csv")} == set(LOGGED)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_recipe_parses_and_names_the_model_of_its_folder(folder: Path):
+    values = recipe(folder.name)
+    TrainConfig(**values)
+    assert values["model"].partition(".")[0] == folder.name
+    assert timm.is_model(folder.name)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_folder_has_a_card(folder: Path):
+    assert folder.name in card(folder.name)
+
+
+def test_s7_recipe_is_the_published_one():
+    config, given = parse(TrainConfig, shlex.split(S7_COMMAND), "train.py")
+    command = {name: getattr(config, name) for name in given}
+    assert recipe("vip_s7") == {**SCRIPT_DEFAULTS, **NEWER, **command, **S7_AMP}
+
+
+@pytest.mark.parametrize("model", ["vip_s14", "vip_m7", "vip_l7"])
+def test_recipe_marks_what_was_not_published(model: str):
+    """Without a published command, only the defaults of the published script may stand unmarked."""
+    values, defaults = recipe(model), TrainConfig(drop=0.0, img_size=224, model=model)
+    assert values.keys() == recipe("vip_s7").keys()
+    lines = {line.partition(":")[0]: line for line in (ZOO / model / "recipe.yaml").read_text().splitlines()}
+    unmarked = {name for name in values if "# ours: " not in lines[name]}
+    assert {name: values[name] for name in unmarked} == {name: getattr(defaults, name) for name in unmarked}
+    assert "drop_path" not in unmarked
+
+
+def test_flags_win_over_a_recipe():
+    argv = ["--no-amp", "--config", str(ZOO / "vip_s7" / "recipe.yaml"), "--epochs", "100"]
+    config, _ = parse(TrainConfig, argv, "train.py")
+    assert (config.amp, config.epochs, config.lr) == (False, 100, 2e-3)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_learning_rate_of_a_recipe(model: str):
+    config = TrainConfig(**recipe(model))
+    optimizer = create_optimizer(config, torch.nn.Linear(1, 1), images_per_update=8 * config.batch_size)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    scheduler, epochs = _create_scheduler(config, optimizer, updates=1)
+    rates = []
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch + 1)
+    assert epochs == 310
+    assert rates[0] == pytest.approx(1e-6)
+    assert all(low < high for low, high in zip(rates[:20], rates[1:21], strict=True))
+    # the warm-up heads for 2e-3; the cosine has fallen by 1 % when it takes over in epoch 20
+    assert rates[19] == pytest.approx(1e-6 + 19 / 20 * (2e-3 - 1e-6))
+    assert rates[20] == max(rates) == pytest.approx(2e-3, rel=0.015)
+    assert all(low < high for high, low in zip(rates[20:300], rates[21:301], strict=True))
+    assert rates[300:] == pytest.approx([1e-5] * 10)
+
+
+@pytest.mark.parametrize("model", LOGGED)
+def test_published_log(model: str):
+    rows = log(model)
+    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5"]
+    config = TrainConfig(**recipe(model))
+    assert [int(row["epoch"]) for row in rows] == list(range(config.epochs + config.cooldown_epochs))
+
+
+@pytest.mark.parametrize("model", LOGGED)
+def test_card_quotes_the_published_log(model: str):
+    rows = log(model)
+    quoted = {"best": max(rows, key=lambda row: float(row["eval_top1"])), "last": rows[-1]}
+    for name, row in quoted.items():
+        top1, top5 = (f"{float(row[column]):.3f}" for column in ("eval_top1", "eval_top5"))
+        assert fact(model, f"{name} row of the log") == f"{row['epoch']} | {top1} | {top5}"
+    assert f" {len(rows)} rows" in card(model)
+    index = (ZOO / "README.md").read_text(encoding="utf-8")
+    last, best = (f"{float(quoted[name]['eval_top1']):.3f}" for name in ("last", "best"))
+    assert re.search(rf"^\| \[{model}\].* \| {last} \| {best} \|", index, re.MULTILINE)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_card_gives_the_facts_of_the_model(model: str):
+    assert f"./distributed_train.sh 8 /path/to/imagenet --config models/{model}/recipe.yaml\n" in card(model)
+    net = timm.create_model(model, device="meta")
+    cfg = net.pretrained_cfg
+    assert fact(model, "parameters") == f"{sum(p.numel() for p in net.parameters()):,}"
+    assert fact(model, "patch") == "{}×{} pixels".format(*net.patch_embed.patch_size)
+    assert (fact(model, "image size"), fact(model, "crop_pct")) == (str(cfg["input_size"][-1]), str(cfg["crop_pct"]))
+    assert fact(model, "interpolation") == cfg["interpolation"]
