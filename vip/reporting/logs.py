@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vip.reporting import progress
@@ -12,13 +14,21 @@ def setup_logging(is_primary: bool) -> None:
 
     On a terminal the lines of progress bars are left out, as the bars themselves are there.
     """
-    logging.basicConfig(level=logging.INFO if is_primary else logging.WARNING, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.INFO if is_primary else logging.WARNING, format="%(message)s")
+    for name in ("timm", "vip.models"):  # a line for each checkpoint kept and each matrix resampled, at every turn
+        logging.getLogger(name).setLevel(logging.WARNING)
     if sys.stderr.isatty():
         logging.getLogger().handlers[0].addFilter(lambda record: record.name != progress.__name__)
 
 
-def log_to_file(path: Path) -> None:
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
     """Log to a file as well, with times."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

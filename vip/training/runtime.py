@@ -108,7 +108,13 @@ class Precision:
 
 
 def setup_precision(config: PrecisionConfig, device: torch.device) -> Precision:
-    """Choose autocast and loss scaler from `--amp`, `--amp-dtype`, `--native-amp` and `--apex-amp`."""
+    """Choose autocast and loss scaler from `--amp`, `--amp-dtype`, `--native-amp` and `--apex-amp`.
+
+    Raises:
+        UserError: If they contradict each other.
+    """
+    if config.apex_amp and config.amp_dtype == "bfloat16":
+        raise UserError("--apex-amp is float16; for bfloat16 give --amp --amp-dtype bfloat16 without it.")
     if config.apex_amp and device.type == "cuda" and (apex_amp := find_apex_amp()):
         return Precision(nullcontext, ApexScaler(), apex_amp, "float16 mixed precision by apex.amp (O1)")
     if not (config.amp or config.native_amp or config.apex_amp):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
@@ -42,11 +43,17 @@ def train(config: TrainConfig) -> None:
     """
     runtime = setup_runtime(config.device, config.dist_backend, config.workers)
     setup_logging(runtime.is_primary)
-    trainer = Trainer(config, runtime)
-    if config.eval_checkpoint:
-        trainer.validate_checkpoint(config.eval_checkpoint)
-    else:
-        trainer.fit()
+    try:
+        trainer = Trainer(config, runtime)
+        if config.eval_checkpoint:
+            trainer.validate_checkpoint(config.eval_checkpoint)
+        else:
+            trainer.fit()
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"The device is out of memory at --batch-size {config.batch_size}: use a smaller one (with "
+            f"--grad-accum-steps for the same update), --amp, or --grad-checkpointing. {str(e).splitlines()[0]}"
+        ) from e
     if runtime.distributed:
         dist.destroy_process_group()
 
@@ -134,8 +141,10 @@ class Trainer:
         model = model.to(self.runtime.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        if config.sync_bn and self.runtime.distributed:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.sync_bn and self.runtime.distributed and self.runtime.device.type == "cuda":
+            model = convert_sync_batchnorm(model)
+        elif config.sync_bn:
+            _logger.warning("--sync-bn needs several processes on GPUs: BatchNorm stays as it is.")
         return torch.jit.script(model) if config.torchscript else model
 
     def _build_loaders(self, train_data: Any, val_data: Any, num_classes: int) -> None:
@@ -186,47 +195,53 @@ class Trainer:
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
         state, config = self.state, self.config
-        folder, saver, summary = self._open_folder() if self.runtime.is_primary else (None, None, None)
-        best: tuple[float | None, int | None] = (None, None)
-        for epoch in range(state.epoch, self.epochs):
-            state.epoch = epoch
-            train_metrics, images_per_second = self._train_epoch(epoch, folder, saver)
-            metrics = self._evaluate_epoch(epoch)
-            lr = state.lr
-            metric = metrics[config.eval_metric]
-            if state.scheduler is not None:
-                state.scheduler.step(epoch + 1, metric)
-            if saver is not None and summary is not None:
-                summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
-                best = saver.save_checkpoint(epoch, metric)
-        if summary is not None:
-            summary.close()
-            if best[0] is not None:
-                _logger.info(f"Best {config.eval_metric} {best[0]:.3f} in epoch {best[1]}")
-            _logger.info(f"Results are in {folder}")
+        with self._outputs() as outputs:
+            best: tuple[float | None, int | None] = (None, None)
+            for epoch in range(state.epoch, self.epochs):
+                state.epoch = epoch
+                train_metrics, images_per_second = self._train_epoch(epoch, outputs)
+                metrics = self._evaluate_epoch(epoch)
+                lr, metric = state.lr, metrics[config.eval_metric]
+                if state.scheduler is not None:
+                    state.scheduler.step(epoch + 1, metric)
+                if outputs is not None:
+                    outputs.summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
+                    best = outputs.saver.save_checkpoint(epoch, metric)
+            if outputs is not None:
+                if best[0] is not None:
+                    _logger.info(f"Best {config.eval_metric} {best[0]:.3f} in epoch {best[1]}")
+                _logger.info(f"Results are in {outputs.folder}")
 
-    def _open_folder(self) -> tuple[Path, RunSaver, Summary]:
+    @contextmanager
+    def _outputs(self) -> Iterator["Outputs | None"]:
+        """What the primary process writes; None in the others."""
+        if not self.runtime.is_primary:
+            yield None
+            return
         config, state = self.config, self.state
         folder = run_folder(config, self.data_config["input_size"][1:])
         args = dataclasses.asdict(config)
         kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 1
-        if not (self.resumed and Path(self.resumed).parent == folder):
+        continued = bool(self.resumed) and Path(self.resumed).parent == folder
+        if not continued:
             refuse_existing_run(folder)
         prepare_folder(folder, args, checkpoint_bytes(state, kept))
-        log_to_file(folder / "train.log")
-        extras = {"data_config": self.data_config, "class_to_idx": self.class_to_idx}
-        saver = RunSaver(state, folder, config, extras, args)
-        if self.resumed and Path(self.resumed).parent == folder:
+        saver = RunSaver(
+            state, folder, config, {"data_config": self.data_config, "class_to_idx": self.class_to_idx}, args
+        )
+        if continued:
             saver.load_state_dict_from_checkpoint(self.resumed)
         summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
-        return folder, saver, summary
+        with log_to_file(folder / "train.log"):
+            yield Outputs(folder, saver, summary)
+        summary.close()
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
         batches = len(loader) if hasattr(loader, "__len__") else None
         quiet = not self.runtime.is_primary
         return ProgressBar(title, batches, self.config.log_interval, self.runtime.device, quiet)
 
-    def _train_epoch(self, epoch: int, folder: Path | None, saver: RunSaver | None) -> tuple[dict[str, float], float]:
+    def _train_epoch(self, epoch: int, outputs: "Outputs | None") -> tuple[dict[str, float], float]:
         config = self.config
         for ordered in (self.train_loader.sampler, self.train_data):
             if hasattr(ordered, "set_epoch"):
@@ -235,10 +250,12 @@ class Trainer:
             self.mixup.mixup_enabled = False
 
         def on_batch(i: int, images: torch.Tensor) -> None:
-            if saver is not None and config.recovery_interval and (i + 1) % config.recovery_interval == 0:
-                saver.save_recovery(epoch, i)
-            if folder is not None and config.save_images and i % config.log_interval == 0:
-                save_image(images, folder / f"train-batch-{epoch}-{i}.jpg", padding=0, normalize=True)
+            if outputs is None:
+                return
+            if config.recovery_interval and i and i % config.recovery_interval == 0:
+                outputs.saver.save_recovery(epoch, i)
+            if config.save_images and i % config.log_interval == 0:
+                save_image(images, outputs.folder / f"train-batch-{epoch}-{i}.jpg", padding=0, normalize=True)
 
         with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
             mixup = self.mixup if config.no_prefetcher else None
@@ -285,6 +302,15 @@ class Trainer:
         model = self.eval_model
         load_weights(getattr(model, "_orig_mod", model), state_dict_of(read_checkpoint(file), None, file), file)
         return self._evaluate(model, f"Validation of {file}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a run writes to."""
+
+    folder: Path
+    saver: RunSaver
+    summary: Summary
 
 
 def _in_chans(config: TrainConfig) -> int:
@@ -335,10 +361,14 @@ def resume(state: TrainState, path: str, config: TrainConfig) -> None:
     if task.has_ema():
         load_weights(task.get_trainable_module(ema=True).module, state_dict_of(checkpoint, None, path), path)
     if not config.no_resume_opt:
+        args = checkpoint.get("args") or {}
+        opt = args.get("opt") if isinstance(args, dict) else getattr(args, "opt", None)
+        if opt and opt != config.opt:
+            raise UserError(f"{path} was trained with --opt {opt}, not {config.opt}; add --no-resume-opt to change it.")
         try:
             state.optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, KeyError) as e:
-            raise UserError(f"{path} was trained with another optimizer ({e}); add --no-resume-opt.") from e
+            raise UserError(f"{path} was trained with other parameter groups ({e}); add --no-resume-opt.") from e
         scaler = state.precision.scaler
         if scaler is not None and scaler.state_dict_key in checkpoint:
             scaler.load_state_dict(checkpoint[scaler.state_dict_key])

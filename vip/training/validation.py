@@ -163,11 +163,19 @@ def _load_model(config: ValidateConfig, checkpoint: dict[str, Any], path: Path) 
             raise UserError(f"{path} does not say which model it is of, and it is none of ours; name it with --model.")
         config.model = arch
         _logger.info(f"{path} holds {arch}")
-    head = next((state_dict[k] for k in ("head.weight", "fc.weight", "head.fc.weight") if k in state_dict), None)
-    num_classes = config.num_classes or (len(head) if head is not None else None)
+    num_classes = config.num_classes or _num_classes(config.model, state_dict)
     model = create_model(dataclasses.replace(config, pretrained=False), num_classes)
     load_weights(model, state_dict, path)
     return model
+
+
+def _num_classes(model: str, state_dict: dict[str, torch.Tensor]) -> int | None:
+    cfg = timm.get_pretrained_cfg(model)
+    classifiers = cfg.classifier if cfg is not None and cfg.classifier else ()
+    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        if f"{name}.weight" in state_dict:
+            return len(state_dict[f"{name}.weight"])
+    return None
 
 
 def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: dict[str, Any]) -> Dataset:
@@ -182,7 +190,12 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
         load_bytes=config.tf_preprocessing,
     )
     found, trained_on = class_to_idx(dataset), checkpoint.get("class_to_idx")
-    if found is None or config.class_map or config.valid_labels or config.real_labels:
+    if found is None or config.class_map or config.real_labels:
+        return dataset
+    if config.valid_labels:
+        subset = _label_subset(config.valid_labels)
+        if subset is not None and len(subset) != len(found):
+            raise UserError(f"{config.valid_labels} names {len(subset)} classes and {config.data} has {len(found)}.")
         return dataset
     if len(found) != model.num_classes:
         raise UserError(

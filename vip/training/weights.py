@@ -149,11 +149,15 @@ def load_weights(model: nn.Module, state_dict: StateDict, path: str | Path) -> N
     Raises:
         UserError: If they do not fit; the message says what differs.
     """
+    own = {k: v.shape for k, v in model.state_dict().items()}
+    resampled = sum(k in own and v.shape != own[k] for k, v in state_dict.items())
     state_dict = filter_for(model, state_dict)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
         raise UserError(_describe_mismatch(model, state_dict, path)) from e
+    if resampled:
+        _logger.info(f"Resampled {resampled} of {len(own)} tensors in {path} to the model's image size")
 
 
 def _describe_mismatch(model: nn.Module, state_dict: StateDict, path: str | Path) -> str:
@@ -191,8 +195,7 @@ def load_finetune(model: nn.Module, path: str | Path) -> str:
     Raises:
         UserError: If anything but the head, the image size and the input channels differs.
     """
-    source = state_dict_of(read_checkpoint(path), None, path)
-    state_dict = filter_for(model, dict(source))
+    state_dict = state_dict_of(read_checkpoint(path), None, path)
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
     remade = []
     classifiers = cfg.get("classifier") or ()
@@ -208,8 +211,7 @@ def load_finetune(model: nn.Module, path: str | Path) -> str:
     if first in own and first in state_dict and own[first].shape[1] != state_dict[first].shape[1]:
         remade.append(f"{first} ({state_dict[first].shape[1]} channels there, {own[first].shape[1]} here, converted)")
         state_dict[first] = adapt_input_conv(own[first].shape[1], state_dict[first])
-    known = {k for k in own if k in source and k != first and not any(r.startswith(k) for r in remade)}
-    resampled = [k for k in known if own[k].shape != source[k].shape]
+    resampled = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
     load_weights(model, state_dict, path)
     parts = [f"kept {len(own) - len(remade) - len(resampled)} of {len(own)} tensors"]
     if resampled:
