@@ -1,0 +1,109 @@
+"""Devices, precision, and the two packages called apex."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from vip.errors import UserError
+from vip.training.config import TrainConfig
+from vip.training.runtime import _leave_cores_to_workers, find_apex_amp, setup_precision, setup_runtime
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fake_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts a package called apex in front of any other."""
+    for name in [n for n in sys.modules if n == "apex" or n.startswith("apex.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**modules: str) -> None:
+        for name, code in modules.items():
+            path = tmp_path / "apex" / f"{name}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(textwrap.dedent(code))
+
+    yield write
+    for name in [n for n in sys.modules if n == "apex" or n.startswith("apex.")]:
+        del sys.modules[name]
+
+
+OLD_AMP = "def initialize(*a, **k): ...\ndef scale_loss(*a): ...\ndef master_params(o): ...\n"
+
+
+@pytest.mark.parametrize(
+    "modules, found",
+    [
+        ({}, False),
+        ({"__init__": "from pyramid_mailer.interfaces import IMailer"}, False),  # PyPI's unrelated apex
+        ({"__init__": ""}, False),  # NVIDIA's since April 2025
+        ({"__init__": "", "amp": "def scale_loss(*a): ..."}, False),
+        ({"__init__": "", "amp": OLD_AMP}, True),  # NVIDIA's before
+    ],
+    ids=["none", "pypi", "without-amp", "half", "old"],
+)
+def test_only_nvidias_old_apex_counts(fake_apex, modules: dict[str, str], found: bool):
+    fake_apex(**modules)
+    assert (find_apex_amp() is not None) == found
+
+
+def test_apex_amp_is_used_where_it_exists_and_is_float16_by_torch_elsewhere(fake_apex, monkeypatch: pytest.MonkeyPatch):
+    config = TrainConfig(apex_amp=True)
+    native = setup_precision(config, CPU)
+    assert native.apex_amp is None and native.scaler is not None and "no apex.amp" in native.description
+    with native.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float16
+    fake_apex(__init__="", amp=OLD_AMP)
+    assert "apex.amp" in setup_precision(config, torch.device("cuda")).description
+    assert setup_precision(config, torch.device("cuda")).apex_amp is sys.modules["apex.amp"]
+
+
+@pytest.mark.parametrize(
+    "options, dtype, scaled",
+    [
+        ({}, torch.float32, False),
+        ({"amp": True}, torch.float16, True),
+        ({"native_amp": True}, torch.float16, True),
+        ({"amp": True, "amp_dtype": "bfloat16"}, torch.bfloat16, False),
+    ],
+)
+def test_precision_is_what_the_flags_say(options: dict, dtype: torch.dtype, scaled: bool):
+    precision = setup_precision(TrainConfig(**options), CPU)
+    with precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
+    assert (precision.scaler is not None) == scaled
+    assert (precision.loss_scale is not None) == scaled
+
+
+def test_contradicting_precision_is_refused():
+    with pytest.raises(UserError, match="--apex-amp is float16"):
+        setup_precision(TrainConfig(apex_amp=True, amp_dtype="bfloat16"), CPU)
+
+
+def test_devices_that_do_not_exist_are_refused():
+    with pytest.raises(UserError, match="No device is called 'gpu'"):
+        setup_runtime("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="finds no GPU"):
+            setup_runtime("cuda")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="Process 3 of this node has no GPU, there are 2"):
+        setup_runtime("cuda")
+
+
+@pytest.mark.parametrize("cores, workers, threads", [(2, 0, 2), (2, 1, 1), (2, 8, 1), (8, 1, 7), (8, 8, 6), (1, 4, 1)])
+def test_workers_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch, cores: int, workers: int, threads: int):
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    _leave_cores_to_workers(workers)
+    assert asked == [threads]
