@@ -105,7 +105,7 @@ def test_real_labels_count_any_of_several_as_right(colours: Path, tmp_path: Path
     """The ReaL labels are a list, by the number in the name of ImageNet's validation images; empty: not counted."""
     for i, path in enumerate(sorted((colours / "val").rglob("*.png"), key=_natural)):
         for split in ("train", "val"):
-            target = tmp_path / split / str(i % 6) / f"ILSVRC2012_val_{i + 1:08}.png"
+            target = tmp_path / split / str(i % 6) / f"ILSVRC2012_val_{i + 1:08}.JPEG"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     train(quick(tmp_path, tmp_path, epochs=1, batch_size=8))

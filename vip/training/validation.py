@@ -248,17 +248,17 @@ def _run(
             on_output=None if real_labels is None else real_labels.add_result,
         )
     if skipped := unreadable_files(dataset):
+        if real_labels is not None:
+            raise UserError(f"--real-labels goes by the order of images, and {skipped[0]} cannot be read; repair it.")
         _logger.warning(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}")
     if real_labels is not None:
-        top1, top5 = real_labels.get_accuracy(k=1), real_labels.get_accuracy(k=5)
-        count = sum(bool(labels) for labels in real_labels.real_labels)
         metrics = dataclasses.replace(
             metrics,
-            top1=top1,
-            top5=top5,
-            count=count,
-            correct1=round(top1 * count / 100),
-            correct5=round(top5 * count / 100),
+            top1=real_labels.get_accuracy(k=1),
+            top5=real_labels.get_accuracy(k=5),
+            count=len(real_labels.is_correct[1]),
+            correct1=sum(real_labels.is_correct[1]),
+            correct5=sum(real_labels.is_correct[5]),
         )
     return metrics, progress.images_per_second * runtime.world_size
 
@@ -277,7 +277,13 @@ def _real_labels(config: ValidateConfig, dataset: Any, runtime: Runtime) -> Real
         return None
     if runtime.distributed:
         raise UserError("--real-labels needs the predictions in one process; validate without torchrun.")
+    names = dataset.filenames(basename=True)
     try:
-        return RealLabelsImagenet(dataset.filenames(basename=True), real_json=config.real_labels)
-    except (OSError, ValueError) as e:
+        real_labels = RealLabelsImagenet(names, real_json=config.real_labels)
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"--real-labels {config.real_labels} cannot be read: {e}") from e
+    except AssertionError as e:  # timm compares the numbers of labels and images
+        raise UserError(f"--real-labels {config.real_labels} is not for {len(names)} images.") from e
+    if strange := [name for name in names if name not in real_labels.real_labels]:
+        raise UserError(f"--real-labels are for ImageNet's ILSVRC2012_val_00000001.JPEG and so on, not {strange[0]}.")
+    return real_labels
