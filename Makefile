@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-gpu lint install clean
 
 install: .venv/installed
 
@@ -19,6 +19,9 @@ demo: install
 
 test: install
 	$(PY) -m pytest
+
+test-gpu: install
+	$(PY) -m pytest -m gpu -s
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,0 +1,91 @@
+"""What only a GPU can show. `pytest -m gpu -s` also prints throughput, for docs/results.md."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vip.data.loaders import create_train_loader
+from vip.training.config import TrainConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """512 training and 64 validation images of 256 pixels in 8 classes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 512), ("val", 64)):
+        for i in range(count):
+            path = root / split / str(i % 8) / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) // 2 + 16 * (i % 8)
+            Image.fromarray(coarse.astype(np.uint8)).resize((256, 256)).save(path)
+    return root
+
+
+def start(*command: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=900, env=env, cwd=ROOT, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--amp --amp-dtype bfloat16",
+        "--apex-amp",
+        "--amp --amp-dtype bfloat16 --channels-last --pin-mem",
+        "--amp --amp-dtype bfloat16 --torchcompile",
+        "--amp --amp-dtype bfloat16 --fast-norm --model-ema --grad-checkpointing",
+        "--amp --amp-dtype bfloat16 --no-prefetcher",
+    ],
+)
+def test_vip_s7_trains_at_224_and_validates_alike(photos: Path, tmp_path: Path, flags: str):
+    common = "--model vip_s7 -b 64 -j 8 --epochs 4 --warmup-epochs 0 --cooldown-epochs 0 --log-interval 2".split()
+    outputs = ("--output", tmp_path, "--experiment", "run", *flags.split())
+    done = start(ROOT / "distributed_train.sh", 1, photos, *common, *outputs)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "run/summary.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    speeds = [line.split(",")[-3].strip() for line in done.stderr.splitlines() if line.startswith("Epoch 3/3")]
+    print(f"\nvip_s7 {flags}: {speeds[-1]} in the last epoch, {torch.cuda.get_device_name()}")
+    checked = start("bash", ROOT / "eval.sh", photos / "val", tmp_path / "run/last.pth.tar", "-j", 4)
+    assert checked.returncode == 0, checked.stderr
+    assert str(json.loads(checked.stdout.partition("--result\n")[2])["top1"]) == last["eval_top1"]
+
+
+def test_prefetcher_copies_on_a_stream_of_its_own(photos: Path):
+    from vip.data.datasets import create_split
+
+    config = TrainConfig(data=str(photos), workers=2, pin_mem=True, mixup=0.0, cutmix=0.0)
+    data_config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    dataset = create_split(config, "train", is_training=True)
+    loader = create_train_loader(dataset, config, data_config, 32, None, torch.device("cuda"))
+    images, target = next(iter(loader))
+    assert images.is_cuda and target.is_cuda and loader.stream is not None
+    assert loader.stream != torch.cuda.current_stream()
+
+
+def test_half_precision_agrees_with_float32(photos: Path):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vip_s7").cuda().eval()
+    x = torch.randn(8, 3, 224, 224, device="cuda")
+    with torch.inference_mode():
+        reference = model(x)
+        for dtype, limit in ((torch.float16, 0.01), (torch.bfloat16, 0.05)):
+            with torch.autocast("cuda", dtype):
+                error = (model(x) - reference).norm() / reference.norm()
+            assert error < limit, (dtype, error)
