@@ -4,7 +4,7 @@ import warnings
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Pillow's own limit for "certainly an attack", twice its limit for a warning: about 179 megapixels.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
@@ -28,15 +28,23 @@ def decode_image(file: IO[bytes], mode: str = "RGB") -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # between 89 and 179 megapixels is fine
-            image: Image.Image = Image.open(file)
-        if image.width * image.height > MAX_PIXELS:
-            raise UnreadableImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} are refused")
-        if image.mode.startswith("I"):
-            pixels = np.asarray(image)
-            image = Image.fromarray((pixels / 257 if pixels.max() > 255 else pixels).astype(np.uint8))
-        return image.convert(mode)
+            warnings.simplefilter("ignore")  # what Pillow reads is fine: 100 megapixels, odd palettes, bad EXIF data
+            return _decode(file, mode)
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as e:
+        raise UnreadableImage("no image, or of an unknown format") from e
     except Exception as e:  # a damaged file makes decoders raise nearly anything; all of it means: unreadable
         raise UnreadableImage(f"{type(e).__name__}: {e}") from e
+
+
+def _decode(file: IO[bytes], mode: str) -> Image.Image:
+    image: Image.Image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} are refused")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        # Mode I is 32 bits wide and holds whatever depth the file had.
+        pixels = pixels / np.float32(257) if image.mode != "I" or pixels.max() > 255 else pixels
+        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+    return image.convert(mode)
