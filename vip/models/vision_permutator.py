@@ -220,6 +220,10 @@ def _check_img_size(img_size: tuple[int, int], patch_size: tuple[int, int], stri
             )
 
 
+def _create_pool(pool_type: str) -> SelectAdaptivePool2d:
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
+
+
 class VisionPermutator(nn.Module):
     """Vision Permutator.
 
@@ -275,7 +279,7 @@ class VisionPermutator(nn.Module):
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.num_features = embed_dims[-1]
         self.grad_checkpointing = False
         self.stride = prod(2 if t else 1 for t in transitions)
 
@@ -317,9 +321,10 @@ class VisionPermutator(nn.Module):
         self.network = nn.ModuleList(network)
 
         self.norm = norm_layer(self.num_features, **dd)
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.global_pool = _create_pool(global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
     @torch.jit.ignore
@@ -362,9 +367,9 @@ class VisionPermutator(nn.Module):
         Raises:
             ValueError: If the size does not fit the patches and strides; the model is unchanged then.
         """
-        new_img_size: tuple[int, int] = to_2tuple(img_size or self.patch_embed.img_size)
+        new_img_size: tuple[int, int] = to_2tuple(self.patch_embed.img_size if img_size is None else img_size)
         old_patch_size = self.patch_embed.patch_size
-        new_patch_size: tuple[int, int] = to_2tuple(patch_size or old_patch_size)
+        new_patch_size: tuple[int, int] = to_2tuple(old_patch_size if patch_size is None else patch_size)
         _check_img_size(new_img_size, new_patch_size, self.stride)
         self.patch_embed.set_input_size(img_size=new_img_size, patch_size=new_patch_size)
         grid_size = self.patch_embed.grid_size
@@ -390,8 +395,9 @@ class VisionPermutator(nn.Module):
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+            self.global_pool = _create_pool(global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
     def forward_intermediates(
@@ -462,8 +468,9 @@ class VisionPermutator(nn.Module):
         pruned = max_index < len(self.stage_ends) - 1
         self.network = self.network[: self.stage_ends[max_index] + 1]
         self.stage_ends = self.stage_ends[: max_index + 1]
+        self.stride = prod(stage.proj.stride[0] for stage in self.network if isinstance(stage, Downsample))
         if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_norm or pruned:  # norm and head are sized for the last stage
             self.norm = nn.Identity()
         if prune_head or pruned:
