@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ from vip.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+_OPEN_ERRORS = (
+    AssertionError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    tarfile.TarError,
+)
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("val", "validation", "valid", "eval", "evaluation"),
@@ -26,7 +38,7 @@ class ReadableImageDataset(ImageDataset):
     """timm's `ImageDataset` that survives unreadable images, names each once and stops at a limit.
 
     In training the next readable image takes the place of an unreadable one, so that batches stay whole; in
-    evaluation it is left out (`None`, which `collate_readable` drops), so that no image counts twice.
+    evaluation it is left out (`None`, which `CollateReadable` drops), so that no image counts twice.
 
     Args:
         dataset: The data set whose reader, target transform and image mode are used.
@@ -38,6 +50,7 @@ class ReadableImageDataset(ImageDataset):
         super().__init__(
             None,
             reader=dataset.reader,
+            load_bytes=dataset.load_bytes,
             input_img_mode=dataset.input_img_mode,
             target_transform=dataset.target_transform,
         )
@@ -45,7 +58,7 @@ class ReadableImageDataset(ImageDataset):
         self.max_bad_images = max_bad_images
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # one table for all workers
 
-    def _skip(self, index: int, reason: UnreadableImage) -> None:
+    def _skip(self, index: int, reason: Exception) -> None:
         if self.unreadable[index]:
             return
         self.unreadable[index] = True
@@ -60,16 +73,15 @@ class ReadableImageDataset(ImageDataset):
     def __getitem__(self, index: int) -> tuple[Any, Any] | None:
         for i in range(len(self)):
             sample = (index + i) % len(self)
-            file, target = self.reader[sample]
             try:
-                image = decode_image(file, self.input_img_mode)
-            except UnreadableImage as e:
+                file, target = self.reader[sample]
+                with file:
+                    image = file.read() if self.load_bytes else decode_image(file, self.input_img_mode)
+            except (UnreadableImage, OSError) as e:
                 self._skip(sample, e)
                 if self.is_training:
                     continue
                 return None
-            finally:
-                file.close()
             if self.transform is not None:
                 image = self.transform(image)
             return image, target if self.target_transform is None else self.target_transform(target)
@@ -122,7 +134,7 @@ def create_split(
         UserError: If the data is missing, has no classes, or an empty one.
     """
     if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
-        raise UserError("No data set given: name its folder, as in `train.py /path/to/imagenet`.")
+        raise UserError("No data set given: name the folder that holds train/ and val/.")
     root = config.data
     plain = "/" not in config.dataset  # a folder or a tar file
     if plain:
@@ -132,7 +144,7 @@ def create_split(
             config.dataset,
             root=root,
             split=split,
-            search_split=False,
+            search_split=not plain,
             class_map=config.class_map or None,  # type: ignore[arg-type]  # timm takes a file name, too
             is_training=is_training,
             download=config.dataset_download,
@@ -141,8 +153,13 @@ def create_split(
             input_img_mode=config.input_img_mode or ("L" if in_chans == 1 else "RGB"),
             **kwargs,
         )
-    except (OSError, RuntimeError, ValueError, AssertionError, ImportError, TypeError) as e:
-        raise UserError(f"Cannot open split {split!r} of {config.dataset or root}: {str(e).strip()}") from e
+    except _OPEN_ERRORS as e:
+        reason = str(e).strip().replace("download=True", "--dataset-download")
+        if isinstance(e, ValueError) and str(root).endswith(".tar"):  # what timm makes of an empty list
+            reason = "it holds no images, or none of the classes of the --class-map"
+        if isinstance(e, ImportError) and e.name:
+            reason += f"; pip install {e.name}"
+        raise UserError(f"Cannot open split {split!r} of {config.dataset or root}: {reason}") from e
     if plain:
         _refuse_empty_classes(str(root), dataset, bool(config.class_map))
     if isinstance(dataset, ImageDataset) and plain:
@@ -153,13 +170,15 @@ def create_split(
 def class_to_idx(dataset: Dataset) -> dict[str, int] | None:
     """Names and indices of the classes of a data set, None where it has no names."""
     source = getattr(dataset, "reader", dataset)
-    return getattr(source, "class_to_idx", None)
+    return getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None)  # timm's tar reader
 
 
 def _refuse_empty_classes(root: str, dataset: Dataset, has_class_map: bool) -> None:
     if has_class_map or not os.path.isdir(root):
         return
     known = class_to_idx(dataset) or {}
+    if "" in known and len(known) > 1:
+        raise UserError(f"{root} holds images beside its class folders; move them into one, or remove them.")
     folders = [e for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")]
     empty = sorted(e.name for e in folders if e.name not in known and not any(p in known for p in os.listdir(e.path)))
     if empty:
