@@ -15,6 +15,7 @@ def option(
     positional: bool = False,
     const: Any = None,
     append: bool = False,
+    count: int | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag and a YAML key.
 
@@ -27,6 +28,7 @@ def option(
         positional: The field is a positional argument that may be left out.
         const: Value of the flag when it is given without one.
         append: A list to which each use of the flag adds one value.
+        count: Number of values of a list, any if None.
     """
     metadata = dict(
         help=help,
@@ -36,6 +38,7 @@ def option(
         positional=positional,
         const=const,
         append=append,
+        count=count,
     )
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)

@@ -71,7 +71,7 @@ def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
         if meta["append"]:
             options["action"] = "append"
         elif is_list:
-            options["nargs"] = "+"
+            options["nargs"] = meta["count"] or "+"
         elif meta["const"] is not None:
             options.update(nargs="?", const=meta["const"])
         if not meta["choices"]:
@@ -109,6 +109,7 @@ def _convert(name: str, value: Any, field: dataclasses.Field, annotation: Any) -
             raise UserError(f"{name} has no value; give one or leave it out.")
         return None
     values = value if is_list and isinstance(value, list) else [value]
+    count = field.metadata["count"]
     try:
         if kind is dict or kind is bool:
             converted = [v for v in values if isinstance(v, kind)]
@@ -120,8 +121,10 @@ def _convert(name: str, value: Any, field: dataclasses.Field, annotation: Any) -
             converted = [kind(v) for v in values]  # YAML reads 1e-3 as a string
             if kind is int and any(isinstance(v, float) and v != int(v) for v in values):
                 raise ValueError
-    except ValueError as e:
-        expected = f"a list of {kind.__name__}" if is_list else kind.__name__
+        if count not in (None, len(values)):
+            raise ValueError
+    except (ValueError, OverflowError) as e:
+        expected = f"{count or 'a list of'} {kind.__name__} values" if is_list else kind.__name__
         raise UserError(f"{name} is {value!r}, expected {expected}.") from e
     choices = field.metadata["choices"]
     if choices and any(v not in choices for v in converted):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from vip.options import option
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
 
 @dataclass(kw_only=True)
 class DatasetConfig:
@@ -27,13 +29,13 @@ class InputConfig:
     """Model input; what is not given comes from the model."""
 
     img_size: int | None = option(None, "height and width of the image", metavar="N")
-    input_size: list[int] | None = option(None, "channels, height and width of the image", metavar="N")
+    input_size: list[int] | None = option(None, "channels, height and width of the image", metavar="N", count=3)
     in_chans: int | None = option(None, "image channels", metavar="N")
     crop_pct: float | None = option(None, "share of the image that the validation crop covers")
     crop_mode: str | None = option(None, "validation crop", choices=("squash", "border", "center"))
     mean: list[float] | None = option(None, "mean of each channel")
     std: list[float] | None = option(None, "standard deviation of each channel")
-    interpolation: str = option("", "resizing of validation images: bilinear, bicubic, ...")
+    interpolation: str = option("", "resizing of validation images", choices=("", *INTERPOLATIONS))
 
 
 @dataclass(kw_only=True)
@@ -52,8 +54,8 @@ class AugmentationConfig:
 
     no_aug: bool = option(False, "switch all training augmentation off")
     train_crop_mode: str | None = option(None, "training crop", choices=("rrc", "rkrc", "rkrr"))
-    scale: list[float] = option([0.08, 1.0], "range of the area of random resized crops")
-    ratio: list[float] = option([3.0 / 4.0, 4.0 / 3.0], "range of the aspect ratio of random resized crops")
+    scale: list[float] = option([0.08, 1.0], "range of the area of random resized crops", count=2)
+    ratio: list[float] = option([3.0 / 4.0, 4.0 / 3.0], "range of the aspect ratio of random resized crops", count=2)
     hflip: float = option(0.5, "probability of a horizontal flip")
     vflip: float = option(0.0, "probability of a vertical flip")
     color_jitter: float = option(0.4, "strength of color jitter, unused with --aa")
@@ -69,12 +71,14 @@ class AugmentationConfig:
     resplit: bool = option(False, "do not erase in the first augmentation split")
     mixup: float = option(0.8, "mixup alpha, 0 for none")
     cutmix: float = option(1.0, "CutMix alpha, 0 for none")
-    cutmix_minmax: list[float] | None = option(None, "range of the CutMix ratio, instead of alpha")
+    cutmix_minmax: list[float] | None = option(None, "range of the CutMix ratio, instead of alpha", count=2)
     mixup_prob: float = option(1.0, "probability of mixup or CutMix")
     mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup")
     mixup_mode: str = option("batch", "what shares one mixup parameter", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N")
-    train_interpolation: str = option("random", "resizing of training images: random, bilinear, bicubic")
+    train_interpolation: str = option(
+        "random", "resizing of training images; random picks bilinear or bicubic", choices=("random", *INTERPOLATIONS)
+    )
 
     @property
     def mixup_active(self) -> bool:
