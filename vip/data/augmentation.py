@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, Mixup, create_transform
 from timm.data.auto_augment import NAME_TO_OP
@@ -24,11 +25,27 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 NAME_TO_OP.update({name: _posterize for name in NAME_TO_OP if name.startswith("Posterize")})
 
 
+class _CollateMixup(FastCollateMixup):
+    """Mixes while collating; switching it off reaches the copies in loader processes that are already running."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._enabled = torch.ones(1, dtype=torch.bool).share_memory_()
+        super().__init__(**kwargs)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return bool(self._enabled)
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self._enabled.fill_(enabled)
+
+
 def create_mixup(config: AugmentationConfig, num_classes: int, smoothing: float, collate: bool) -> Mixup | None:
     """Mixup and CutMix as a collate function or as a function of a batch, None where both are off."""
     if not config.mixup_active:
         return None
-    return (FastCollateMixup if collate else Mixup)(
+    return (_CollateMixup if collate else Mixup)(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         cutmix_minmax=config.cutmix_minmax,
