@@ -37,9 +37,11 @@ class CollateReadable:
 
 
 def _set_transform(dataset: Any, transform: Any, channels: int) -> None:
-    if isinstance(dataset, VisionDataset):  # torchvision's own data sets give images of any mode
+    if isinstance(getattr(dataset, "dataset", dataset), VisionDataset):  # torchvision gives images of any mode
         to_mode = transforms.Grayscale(channels) if channels == 1 else transforms.Lambda(_to_rgb)
-        transform = transforms.Compose([to_mode, transform])
+        first, *splits = transform if isinstance(transform, tuple) else (transform,)
+        first = transforms.Compose([to_mode, first])
+        transform = (first, *splits) if splits else first
     dataset.transform = transform
 
 
@@ -86,6 +88,10 @@ def create_train_loader(
         UserError: If the data set has fewer images than one batch of all processes.
     """
     if config.aug_splits > 1:
+        if config.no_prefetcher or config.no_aug:
+            raise UserError(
+                "--aug-splits needs augmentation and the prefetcher: leave out --no-aug and --no-prefetcher."
+            )
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
     sampler: Any = None
@@ -93,7 +99,8 @@ def create_train_loader(
         if config.aug_repeats:
             sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
         else:
-            sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+            # an uneven rest is dropped, as it is in one process, and not filled up with images twice
+            sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
         _refuse_large_batch(sampler, dataset, batch_size, world_size)
 
     collate: Any = mixup or fast_collate
@@ -120,6 +127,8 @@ def create_train_loader(
 
 
 def _worker_options(config: LoaderConfig) -> dict[str, Any]:
+    if config.workers < 0:
+        raise UserError(f"--workers is {config.workers}, expected 0 or more.")
     return dict(
         num_workers=config.workers,
         pin_memory=config.pin_mem,
@@ -157,18 +166,26 @@ def create_eval_loader(
         rank: Index of this process.
         world_size: Number of processes.
         tf_preprocessing: Resize and crop as TensorFlow's published models do.
+
+    Raises:
+        UserError: If the batch size is no size, or TensorFlow is asked for and not there.
     """
-    transform = create_transform(
-        data_config["input_size"],
-        is_training=False,
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-        crop_pct=data_config["crop_pct"],
-        crop_mode=data_config["crop_mode"],
-        use_prefetcher=not config.no_prefetcher,
-        tf_preprocessing=tf_preprocessing,
-    )
+    if batch_size < 1:
+        raise UserError(f"The validation batch size is {batch_size}, expected at least 1.")
+    try:
+        transform = create_transform(
+            data_config["input_size"],
+            is_training=False,
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            crop_pct=data_config["crop_pct"],
+            crop_mode=data_config["crop_mode"],
+            use_prefetcher=not config.no_prefetcher,
+            tf_preprocessing=tf_preprocessing,
+        )
+    except ImportError as e:
+        raise UserError(f"--tf-preprocessing: {e}; pip install tensorflow.") from e
     _set_transform(dataset, transform, data_config["input_size"][0])
     sampler: Iterable | None = None
     if not isinstance(dataset, IterableDataset):
