@@ -21,17 +21,17 @@ def write_digits(folder: str | Path) -> tuple[int, int]:
         Number of training and validation images.
 
     Raises:
-        UserError: If scikit-learn is not installed or the folder cannot be written.
+        UserError: If scikit-learn is not installed, or the folder cannot be written or holds something else.
     """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as e:
         raise UserError("The digits come with scikit-learn: pip install scikit-learn.") from e
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     images, labels = load_digits(return_X_y=True)
     splits = train_test_split(range(len(images)), test_size=0.2, random_state=0, stratify=labels)
-    if folder.exists():
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
         return len(splits[0]), len(splits[1])
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
@@ -43,5 +43,6 @@ def write_digits(folder: str | Path) -> tuple[int, int]:
                 Image.fromarray((images[i].reshape(8, 8) * 255 / 16).round().astype(np.uint8)).save(path)
         unfinished.rename(folder)
     except OSError as e:
-        raise UserError(f"Cannot write the digits to {folder}: {e.strerror}.") from e
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"Cannot write the digits to {folder} ({e.strerror}); name a folder that is yet to be.") from e
     return len(splits[0]), len(splits[1])

@@ -92,4 +92,4 @@ def write_results(path: str, file_format: str, rows: list[dict[str, Any]]) -> No
                 writer.writeheader()
                 writer.writerows(rows)
     except OSError as e:
-        raise UserError(f"Cannot write the results to {path}: {e.strerror}.") from e
+        raise UserError(f"Cannot write the results to {path} ({e.strerror}); choose another --results-file.") from e
