@@ -229,6 +229,12 @@ def test_set_patch_and_image_size_together_keep_the_tokens():
     assert F.cosine_similarity(model(big), out).min() > 0.9
 
 
+def test_stages_that_were_pruned_ask_for_nothing():
+    model = timm.create_model("vip_nano4_32", features_only=True, out_indices=(0,)).eval()
+    model.model.set_input_size((36, 44))  # the patch of 4 divides them, the pruned stride would not
+    assert model(torch.randn(2, 3, 36, 44))[0].shape == (2, 64, 9, 11)
+
+
 def test_resized_model_is_saved_and_built_again_at_its_size(tmp_path: Path):
     model = nano()
     model.set_input_size((48, 40))
