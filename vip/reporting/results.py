@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,22 @@ from scipy.stats import binomtest
 
 from vip.errors import UserError
 from vip.files import replacing
-from vip.training.engine import Metrics
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Result of an evaluation over all processes."""
+
+    loss: float
+    top1: float
+    top5: float
+    count: int
+    correct1: int
+    correct5: int
+
+    def summary(self) -> dict[str, float]:
+        """The metrics that timm's summary names."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
 
 
 def result_row(

@@ -12,6 +12,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from vip.errors import UserError
+from vip.reporting.results import Metrics
 from vip.training.config import TrainConfig
 from vip.training.runtime import Precision, Runtime, all_reduce_sum
 
@@ -167,22 +168,6 @@ def train_one_epoch(
         else:
             progress.update(len(images) * runtime.world_size)
     return {"loss": losses.average}
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Result of an evaluation over all processes."""
-
-    loss: float
-    top1: float
-    top5: float
-    count: int
-    correct1: int
-    correct5: int
-
-    def summary(self) -> dict[str, float]:
-        """The metrics that timm's summary names."""
-        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
 
 
 @torch.inference_mode()

@@ -24,9 +24,10 @@ from vip.data.loaders import create_eval_loader, create_train_loader
 from vip.errors import UserError
 from vip.reporting.logs import log_to_file, setup_logging
 from vip.reporting.progress import ProgressBar
+from vip.reporting.results import Metrics
 from vip.reporting.summary import Summary
 from vip.training.config import TrainConfig
-from vip.training.engine import Metrics, TrainState, evaluate, train_one_epoch
+from vip.training.engine import TrainState, evaluate, train_one_epoch
 from vip.training.factory import create_criterion, create_optimizer, create_training_model, resolve_data_config
 from vip.training.runtime import Runtime, setup_precision, setup_runtime
 from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder

@@ -20,9 +20,9 @@ from vip.data.loaders import create_eval_loader
 from vip.errors import UserError
 from vip.reporting.logs import setup_logging
 from vip.reporting.progress import ProgressBar
-from vip.reporting.results import format_result, format_table, result_row, write_results
+from vip.reporting.results import Metrics, format_result, format_table, result_row, write_results
 from vip.training.config import ValidateConfig
-from vip.training.engine import Metrics, evaluate
+from vip.training.engine import evaluate
 from vip.training.factory import create_model, resolve_data_config
 from vip.training.runtime import Runtime, setup_precision, setup_runtime
 from vip.training.weights import find_checkpoint, load_weights, read_checkpoint, recognise, state_dict_of
