@@ -390,6 +390,15 @@ def test_checkpoint_from_a_rectangle_keeps_the_axes_apart():
     torch.testing.assert_close(other.network[0][0].attn.mlp_h.weight, model.network[0][0].attn.mlp_h.weight)
 
 
+def test_resized_model_loads_a_checkpoint_of_its_old_size():
+    model, live = nano(), nano()
+    live.set_input_size((48, 40))
+    live.load_state_dict(model.state_dict())
+    model.set_input_size((48, 40))
+    x = images((48, 40))
+    torch.testing.assert_close(live(x), model(x), rtol=1e-12, atol=0)
+
+
 def test_loading_leaves_the_given_state_dict_alone():
     state = nano().state_dict()
     shapes = {name: t.shape for name, t in state.items()}
