@@ -412,3 +412,16 @@ def test_published_geometry_loads_at_another_size():
     result = model.load_state_dict(small.state_dict())
     assert not result.missing_keys and not result.unexpected_keys
     assert model(torch.randn(1, 3, 140, 168)).isfinite().all()
+
+
+@pytest.mark.parametrize("arguments", [dict(img_size=(32,)), dict(img_size=(32, 32, 32)), dict(patch_size=0)], ids=str)
+def test_size_that_is_no_height_and_width_is_refused(arguments):
+    with pytest.raises(ValueError, match="Expected a height and a width"):
+        nano(**arguments)
+
+
+def test_resampling_works_on_the_meta_device():
+    model = timm.create_model("vip_nano4_32", device="meta")
+    model.set_input_size((48, 32))
+    assert model.network[0][0].attn.mlp_h.weight.is_meta
+    assert model.network[0][0].attn.mlp_h.weight.shape == (96, 96)

@@ -76,8 +76,8 @@ class AxisMix(nn.Linear):
     def resample(self, weight: torch.Tensor, length: int) -> torch.Tensor:
         """Resample a mixing matrix to an axis of `length` tokens.
 
-        The new matrix resizes its input to the old length, mixes as before and resizes the result back. What a
-        segment sums to over its inputs is kept: a constant image gives the same response at every resolution.
+        The new matrix resizes its input to the old length, mixes as before and resizes the result. What an output
+        sums to over its inputs is kept: a constant input gives the old response, resized along the axis.
 
         Args:
             weight: `[H * S, H * S]` with S = `segment_dim`.
@@ -87,9 +87,10 @@ class AxisMix(nn.Linear):
             `[length * S, length * S]`, in the type of `weight`.
         """
         dim, old = self.segment_dim, weight.shape[0] // self.segment_dim
-        up, down = (_resize_matrix(*sizes).to(weight.device) for sizes in ((old, length), (length, old)))
-        mixing = torch.einsum("ih,hsgt,gj->isjt", up, weight.double().view(old, dim, old, dim), down)
-        return mixing.reshape(length * dim, length * dim).to(weight.dtype)
+        device = weight.device if weight.is_meta else torch.device("cpu")  # not every device knows float64
+        up, down = (_resize_matrix(*sizes).to(device) for sizes in ((old, length), (length, old)))
+        mixing = torch.einsum("ih,hsgt,gj->isjt", up, weight.to(device).double().view(old, dim, old, dim), down)
+        return mixing.reshape(length * dim, length * dim).to(weight)
 
     @torch.no_grad()
     def set_length(self, length: int) -> None:
@@ -210,6 +211,8 @@ class Downsample(nn.Module):
 
 def _check_img_size(img_size: tuple[int, int], patch_size: tuple[int, int], stride: int) -> None:
     """Refuse an image size that the patches and the strided stages do not divide."""
+    if len(img_size) != 2 or min(patch_size) < 1:
+        raise ValueError(f"Expected a height and a width, got image size {img_size} and patch size {patch_size}.")
     for axis, size, patch in zip(("height", "width"), img_size, patch_size, strict=True):
         step = patch * stride
         if size < step or size % step:
