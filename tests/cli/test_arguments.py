@@ -68,6 +68,7 @@ TOKEN_LABELS = {
 WITHOUT_EFFECT = {"--local_rank", "--split-bn", "--num-gpu", "--use-multi-epochs-loader", "--legacy-jit"}
 RENAMED = {"jsd": "jsd_loss", "b": "batch_size", "wd": "weight_decay"}  # as timm 1.x names them
 SAMPLES = {  # words where the kind alone does not tell what is allowed
+    "--sched": "tanh",
     "--interpolation": "bicubic",
     "--train-interpolation": "bilinear",
     "--remode": "const",

@@ -27,6 +27,8 @@ import vip
 from vip.errors import UserError
 from vip.training.weights import read_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+
 Refused = Callable[..., str]
 
 
@@ -337,7 +339,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
     weights = timm.create_model("vip_nano4_32", num_classes=3).state_dict()
     content = {"state_dict": weights, "epoch": 1, "optimizer": {}, "arch": "vip_nano4_32", "extra": Payload(marker)}
     if kind == "pickle":
-        path.write_bytes(pickle.dumps({"epoch": 1, "optimizer": {}, "extra": Payload(marker)}))
+        path.write_bytes(pickle.dumps({"epoch": 1, "optimizer": {}, "extra": Payload(marker)}, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     refusals = [train_refuses(flag, path) for flag in STARTS] + [validate_refuses(checkpoint=path)]
@@ -349,6 +351,13 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
     else:
         torch.load(path, weights_only=False)
     assert marker.is_dir(), "a reader that is not careful does run it"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_code_in_any_pickle_is_not_run(validate_refuses: Refused, tmp_path: Path, protocol: int) -> None:
+    (tmp_path / "payload.pth").write_bytes(pickle.dumps(Payload(tmp_path / "it ran"), protocol=protocol))
+    says(validate_refuses(checkpoint=tmp_path / "payload.pth"), tmp_path / "payload.pth")
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_pickled_model_is_refused_with_the_way_out(validate_refuses: Refused, tmp_path: Path) -> None:
@@ -474,6 +483,12 @@ def test_number_of_classes_of_a_checkpoint(
     says(validate_refuses("--num-classes", "10", checkpoint=three), three, "3 classes, the model 10")
 
 
+def test_valid_labels_that_the_model_does_not_have(validate_refuses: Refused, tmp_path: Path) -> None:
+    for lines, words in (("0\n1\n", ["2 classes", "has 3"]), ("0\n1\n99\n", ["valid.txt", "3"])):
+        (tmp_path / "valid.txt").write_text(lines)
+        says(validate_refuses("--valid-labels", tmp_path / "valid.txt"), *words)
+
+
 def test_class_map_with_more_classes_than_the_checkpoint(validate_refuses: Refused, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("white\nred\ngreen\nblue\n")
     says(validate_refuses("--class-map", tmp_path / "names.txt"), "4 classes", "3")
@@ -514,7 +529,7 @@ def test_image_size_no_stage_divides(train_refuses: Refused, validate_refuses: R
     "flags, words",
     [
         ("--opt adamq", ["adamq", "Did you mean"]),
-        ("--sched cosin", ["--sched cosin", "Did you mean cosine"]),
+        ("--sched cosin", ["--sched", "'cosin'", "cosine"]),
         ("--aa foo", ["--aa foo", "rand-m9-mstd0.5-inc1"]),
         ("--train-interpolation smooth", ["--train-interpolation", "'smooth'", "bicubic"]),
         ("--interpolation smooth", ["--interpolation", "'smooth'", "bicubic"]),
