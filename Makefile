@@ -15,7 +15,7 @@ demo: install
 	rm -rf output/train/demo
 	$(PY) -m vip make-digits data/digits
 	$(PY) train.py data/digits --config models/vip_nano4_32/digits.yaml --experiment demo
-	PYTHON=$(PY) bash eval.sh data/digits/val output/train/demo
+	PYTHON=$(PY) bash eval.sh data/digits/val output/train/demo -j 1
 
 test: install
 	$(PY) -m pytest
