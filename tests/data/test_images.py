@@ -73,11 +73,14 @@ def test_few_bits_of_grey_span_black_to_white(depth: int) -> None:
 
 
 @pytest.mark.parametrize("transparent", [b"", b"\x00", bytes(range(0, 256, 16))])
-def test_palette_with_and_without_transparency(random: np.random.Generator, transparent: bytes) -> None:
+def test_palette_with_and_without_transparency(
+    random: np.random.Generator, transparent: bytes, recwarn: pytest.WarningsRecorder
+) -> None:
     palette = random.integers(0, 256, (16, 3), dtype=np.uint8)
     indices = random.integers(0, 16, (6, 9), dtype=np.uint8)
     data = png(9, 6, 8, PALETTE, indices.tobytes(), palette.tobytes(), transparent)
     np.testing.assert_array_equal(pixels(data), palette[indices])
+    assert not recwarn.list
 
 
 def test_alpha_is_dropped(random: np.random.Generator) -> None:
@@ -156,12 +159,13 @@ def test_decompression_bomb_is_refused_before_it_is_unpacked(
     assert time.perf_counter() - start < 1
 
 
-def test_100_megapixels_are_read_without_a_warning() -> None:
+def test_100_megapixels_are_read_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     row = np.packbits(np.arange(10_000) % 2).tobytes()
     data = png(10_000, 10_000, 1, GREY, row * 10_000)
     image = decode_image(io.BytesIO(data))
     assert image.size == (10_000, 10_000) and image.mode == "RGB"
     assert [image.getpixel((x, 9_999)) for x in (0, 1, 9_999)] == [(0,) * 3, (255,) * 3, (255,) * 3]
+    assert not recwarn.list
 
 
 SAMPLES = [

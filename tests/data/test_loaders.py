@@ -137,7 +137,8 @@ def test_loader_processes_repeat_with_the_seed() -> None:
         data = Numbered(12, 16)
         config = TrainConfig(mixup=0.0, cutmix=0.0, reprob=0.0, workers=2, aa="none", color_jitter=0.9)
         loader = create_train_loader(data, config, DATA_CONFIG, 4, None, CPU, seed=seed)
-        return torch.cat([images for images, _ in loader])
+        images, targets = map(torch.cat, zip(*loader, strict=True))
+        return images[targets.argsort()]
 
     assert torch.equal(views(1), views(1))
     assert not torch.equal(views(1), views(2))
@@ -168,9 +169,8 @@ def test_no_validation_batch(batch: int) -> None:
 
 
 def test_negative_number_of_loader_processes() -> None:
-    config = TrainConfig(**{**PLAIN, "workers": -1})
     with pytest.raises(UserError, match="--workers is -1"):
-        create_eval_loader(Numbered(3), config, DATA_CONFIG, 1, CPU)
+        create_eval_loader(Numbered(3), TrainConfig(**{**PLAIN, "workers": -1}), DATA_CONFIG, 1, CPU)
 
 
 @pytest.mark.parametrize("no_prefetcher", [False, True])
@@ -246,6 +246,18 @@ def test_mixup_mixes_images_and_targets_alike(mode: str) -> None:
         mean = (targets * torch.arange(16)).sum(1)
         assert ((images[:, 0, 0, 0] * 255 - mean).abs() <= 0.51).all()  # mixed images are whole numbers again
         assert (targets > 0).sum(1).max() == 2
+        shares = [tuple(round(s, 4) for s in sorted(target.tolist())[-2:]) for target in targets]
+        assert len(set(shares)) == 1 if mode == "batch" else len(set(shares)) > 2
+        assert (shares == shares[::-1]) == (mode != "elem")
+
+
+@pytest.mark.parametrize("switch_prob", [0.0, 1.0])
+def test_mixup_or_cutmix(switch_prob: float) -> None:
+    """Mixup leaves one colour in an image, CutMix two of whole numbers."""
+    _, loader = mixed_batches(cutmix=1.0, mixup_switch_prob=switch_prob, mixup_mode="elem")
+    images = torch.cat([images for images, _ in loader])
+    colours = {len(image.unique()) for image in images[:, 0]}
+    assert colours == {1} if switch_prob == 0 else 2 in colours
 
 
 def test_cutmix_share_of_the_area_is_the_target() -> None:
