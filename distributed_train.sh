@@ -21,5 +21,8 @@ else
 fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/.venv/bin/python" ]; then
+    PYTHON=$here/.venv/bin/python # what make installed, where no other environment is active
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, without its warning
 exec "${PYTHON:-python}" -m vip.cli.launch --nnodes="$nodes" --nproc-per-node="$processes" "${where[@]}" "$here/train.py" "$@"

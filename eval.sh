@@ -9,4 +9,8 @@ if [ $# -lt 2 ]; then
 fi
 data=$1 checkpoint=$2
 shift 2
-exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/validate.py" "$data" --checkpoint "$checkpoint" "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/.venv/bin/python" ]; then
+    PYTHON=$here/.venv/bin/python # what make installed, where no other environment is active
+fi
+exec "${PYTHON:-python}" "$here/validate.py" "$data" --checkpoint "$checkpoint" "$@"

@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from vip.errors import UserError
+
 
 def option(
     default: Any,
@@ -16,6 +18,8 @@ def option(
     const: Any = None,
     append: bool = False,
     count: int | None = None,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag and a YAML key.
 
@@ -29,6 +33,8 @@ def option(
         const: Value of the flag when it is given without one.
         append: A list to which each use of the flag adds one value.
         count: Number of values of a list, any if None.
+        low: Lowest value allowed.
+        high: Highest value allowed.
     """
     metadata = dict(
         help=help,
@@ -39,10 +45,30 @@ def option(
         const=const,
         append=append,
         count=count,
+        low=low,
+        high=high,
     )
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """Base of option dataclasses, which checks that values are in range.
+
+    Raises:
+        UserError: If one is not.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            low, high, value = field.metadata["low"], field.metadata["high"], getattr(self, field.name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is None or (low is None or number >= low) and (high is None or number <= high):
+                    continue
+                expected = f"{low} to {high}" if high is not None else f"at least {low}"
+                raise UserError(f"--{field.name.replace('_', '-')} is {number}, expected {expected}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

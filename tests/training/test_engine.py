@@ -22,7 +22,7 @@ class Silent:
         self.values = values
 
     def wants_values(self, batch: int) -> bool:
-        return True
+        return False
 
 
 def linear_state(precision: Precision = FLOAT32, lr: float = 0.1, **task_options: object) -> TrainState:
@@ -106,11 +106,11 @@ def test_loss_of_an_epoch_is_the_mean_of_its_batches():
 def test_loss_that_is_not_finite_stops_with_batch_rate_and_scale():
     data = batches(6, 4)
     data[3] = (data[3][0] * math.inf, data[3][1])
-    with pytest.raises(UserError, match=r"nan at batch 4 .*learning rate 0\.1.*last checkpoint is intact"):
+    with pytest.raises(UserError, match=r"nan in epoch 0 at batch 4 .*rate 0\.1.*earlier checkpoints are intact"):
         train_one_epoch(linear_state(), data, TrainConfig(log_interval=5), CPU, Silent())
-    log = LossLog(CPU)
+    log = LossLog(CPU, 7)
     log.add(torch.tensor(math.inf), 0.5)
-    with pytest.raises(UserError, match="inf at batch 1 .*loss scale 1024"):
+    with pytest.raises(UserError, match="inf in epoch 7 at batch 1 .*loss scale 1024"):
         log.read(1024.0)
 
 

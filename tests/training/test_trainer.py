@@ -48,7 +48,9 @@ def test_args_are_a_recipe_for_the_same_run(run: Path):
     from vip.cli.arguments import parse
 
     again, _ = parse(TrainConfig, ["--config", str(run / "args.yaml")], "train")
-    assert dataclasses.asdict(again) == yaml.safe_load((run / "args.yaml").read_text())
+    made = read_checkpoint(run / "last.pth.tar")["args"]
+    assert made["experiment"] == "run"
+    assert dataclasses.asdict(again) == {**made, "experiment": "", "resume": ""}  # of another run
 
 
 def test_best_checkpoint_is_the_epoch_with_the_highest_accuracy(run: Path):
@@ -273,3 +275,53 @@ def test_progress_on_a_terminal_is_a_bar_and_in_a_file_lines(
     lines = [record.message for record in caplog.records]
     assert [line.partition(" loss")[0] for line in lines] == ["Epoch 0 [2/4]", "Epoch 0 [4/4]"]
     assert all(line.endswith("left") for line in lines)
+
+
+def test_recovery_checkpoints_never_hold_weights_of_a_loss_that_is_not_finite(colours: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="became nan in epoch 0 at batch 2"):
+        train(quick(colours, tmp_path, batch_size=2, lr=math.inf, recovery_interval=3))
+    assert not list((tmp_path / "run").glob("*.pth.tar"))
+
+
+def test_epoch_whose_validation_is_not_finite_is_not_saved(colours: Path, tmp_path: Path):
+    train(quick(colours, tmp_path, epochs=1))
+    with pytest.raises(UserError, match="validation loss became nan after epoch 1"):  # the last update breaks it
+        train(quick(colours, tmp_path, epochs=2, resume="auto", lr=math.inf, batch_size=40))
+    assert read_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] == 0
+
+
+@pytest.mark.parametrize("options", [dict(start_epoch=3), dict(resume="run/last.pth.tar", no_resume_opt=True)], ids=str)
+def test_schedule_goes_on_where_the_epoch_is(colours: Path, tmp_path: Path, options: dict):
+    schedule = dict(sched="step", decay_epochs=1, decay_rate=0.5, lr=1e-3, min_lr=0.0, epochs=4)
+    if "resume" in options:
+        train(quick(colours, tmp_path, **{**schedule, "epochs": 3}))
+        options = {**options, "resume": str(tmp_path / options["resume"])}
+    train(quick(colours, tmp_path, **{**schedule, **options, "experiment": "more"}))
+    first = rows(tmp_path / "more")[0]
+    assert first["epoch"] == "3" and math.isclose(float(first["lr"]), 1e-3 * 0.5**3)
+
+
+def test_average_warms_up_from_the_first_update(colours: Path, tmp_path: Path):
+    """The decay of update n is 1 - (1 + n - 1)^(-2/3): 0 at the first, so that the average is the weights then."""
+    config = quick(colours, tmp_path, epochs=1, batch_size=40, model_ema=True, model_ema_decay=0.9999)
+    train(dataclasses.replace(config, model_ema_warmup=True))
+    content = read_checkpoint(tmp_path / "run/last.pth.tar")
+    assert content["num_updates"] == 1
+    torch.testing.assert_close(content["state_dict"], content["state_dict_ema"])
+
+
+def test_nothing_left_to_train_is_said(colours: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="epoch 5 of 2; raise --epochs"):
+        train(quick(colours, tmp_path, start_epoch=5))
+
+
+def test_model_of_a_folder_is_named_by_its_architecture(colours: Path, tmp_path: Path):
+    """The name given is a path, which no tool could make a model of."""
+    timm.models.save_for_hf(timm.create_model("vip_nano4_32", num_classes=4), tmp_path / "model.v1")
+    train(quick(colours, tmp_path, model=f"local-dir:{tmp_path / 'model.v1'}", epochs=1))
+    assert read_checkpoint(tmp_path / "run/last.pth.tar")["arch"] == "vip_nano4_32"
+
+
+def test_transfer_learning_is_off_where_it_says_so():
+    assert not TrainConfig(transfer_learning="False").transfer_learning
+    assert TrainConfig(transfer_learning="True").transfer_learning

@@ -117,6 +117,24 @@ def test_real_labels_count_any_of_several_as_right(colours: Path, tmp_path: Path
         assert result["count"] == result["correct1"] == result["correct5"] == count
 
 
+def test_layout_and_precision_of_the_training_are_taken_over(colours: Path, tmp_path: Path):
+    from vip.training.config import ValidateConfig
+    from vip.training.validation import _complete
+
+    train(quick(colours, tmp_path, epochs=1, channels_last=True, amp=True, amp_dtype="bfloat16", tta=2))
+    checkpoint = read_checkpoint(tmp_path / "run")
+    taken = _complete(ValidateConfig(), checkpoint, set())
+    assert (taken.channels_last, taken.amp, taken.amp_dtype, taken.tta, taken.batch_size) == (
+        True,
+        True,
+        "bfloat16",
+        2,
+        16,
+    )
+    own = _complete(ValidateConfig(amp=False, batch_size=7), checkpoint, {"amp", "batch_size"})
+    assert (own.amp, own.amp_dtype, own.batch_size) == (False, "float16", 7)
+
+
 def test_flags_win_over_what_the_checkpoint_says(colours: Path, run: Path, validate):
     _, result, _ = validate(colours, "--checkpoint", run, "--img-size", 32, "--crop-pct", 0.5, "--tta", 2)
     assert (result["img_size"], result["crop_pct"]) == (32, 0.5)

@@ -27,6 +27,8 @@ class _Parser(argparse.ArgumentParser):
             flags = [word for word in message.removeprefix(prefix).split() if word.startswith("-")]
             if flags:
                 message += "." + nearest(flags[0].partition("=")[0], self._option_string_actions)
+            else:
+                message += "; repeat the flag of several values, or quote a pattern"
         raise UserError(f"{message} (--help lists what there is)")
 
 
@@ -181,5 +183,9 @@ def parse(
     given = vars(build_parser(config_class, prog, without_effect).parse_args(argv))
     recipe = given.pop("config", None)
     if recipe:
-        given = {**read_recipe(recipe, config_class, without_effect), **given}
+        read = read_recipe(recipe, config_class, without_effect)
+        for alternatives in getattr(config_class, "alternatives", ()):
+            if alternatives & given.keys():
+                read = {name: value for name, value in read.items() if name not in alternatives}
+        given = {**read, **given}
     return config_class(**given), set(given)

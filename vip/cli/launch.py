@@ -1,11 +1,13 @@
 """torchrun without its own traceback when a training process has already said what is wrong."""
 
+import logging
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 if __name__ == "__main__":
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report of what we report below
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as e:

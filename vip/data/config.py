@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from vip.options import option
+from vip.options import Options, option
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(kw_only=True)
-class DatasetConfig:
+class DatasetConfig(Options):
     """Dataset."""
 
     data: str | None = option(None, "data set: a folder with train/ and val/, or what --dataset reads", positional=True)
@@ -21,59 +21,64 @@ class DatasetConfig:
     input_img_mode: str | None = option(None, "PIL mode images are converted to (default: RGB, or L for one channel)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.data = self.data or self.data_dir
 
 
 @dataclass(kw_only=True)
-class InputConfig:
+class InputConfig(Options):
     """Model input; what is not given comes from the model."""
 
-    img_size: int | None = option(None, "height and width of the image", metavar="N")
-    input_size: list[int] | None = option(None, "channels, height and width of the image", metavar="N", count=3)
-    in_chans: int | None = option(None, "image channels", metavar="N")
-    crop_pct: float | None = option(None, "share of the image that the validation crop covers")
+    img_size: int | None = option(None, "height and width of the image", metavar="N", low=1)
+    input_size: list[int] | None = option(None, "channels, height and width of the image", metavar="N", count=3, low=1)
+    in_chans: int | None = option(None, "image channels", metavar="N", low=1)
+    crop_pct: float | None = option(None, "share of the image that the validation crop covers", low=0.01)
     crop_mode: str | None = option(None, "validation crop", choices=("squash", "border", "center"))
     mean: list[float] | None = option(None, "mean of each channel")
-    std: list[float] | None = option(None, "standard deviation of each channel")
+    std: list[float] | None = option(None, "standard deviation of each channel", low=1e-06)
     interpolation: str = option("", "resizing of validation images", choices=("", *INTERPOLATIONS))
 
 
 @dataclass(kw_only=True)
-class LoaderConfig:
+class LoaderConfig(Options):
     """Loading."""
 
-    workers: int = option(8, "loader processes of each training process", "-j", metavar="N")
+    workers: int = option(8, "loader processes of each training process", "-j", metavar="N", low=0)
     pin_mem: bool = option(False, "pin host memory, which speeds up copies to a GPU")
     no_prefetcher: bool = option(False, "normalize images in the loader processes instead of on the device")
-    max_bad_images: int = option(100, "unreadable images to skip before the run stops", metavar="N")
+    max_bad_images: int = option(100, "unreadable images to skip before the run stops", metavar="N", low=0)
 
 
 @dataclass(kw_only=True)
-class AugmentationConfig:
+class AugmentationConfig(Options):
     """Augmentation."""
 
     no_aug: bool = option(False, "switch all training augmentation off")
     train_crop_mode: str | None = option(None, "training crop", choices=("rrc", "rkrc", "rkrr"))
-    scale: list[float] = option([0.08, 1.0], "range of the area of random resized crops", count=2)
-    ratio: list[float] = option([3.0 / 4.0, 4.0 / 3.0], "range of the aspect ratio of random resized crops", count=2)
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    vflip: float = option(0.0, "probability of a vertical flip")
+    scale: list[float] = option([0.08, 1.0], "range of the area of random resized crops", count=2, low=0, high=1)
+    ratio: list[float] = option(
+        [3.0 / 4.0, 4.0 / 3.0], "range of the aspect ratio of random resized crops", count=2, low=0.01
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1)
     color_jitter: float = option(0.4, "strength of color jitter, unused with --aa")
-    color_jitter_prob: float | None = option(None, "probability of color jitter")
-    grayscale_prob: float = option(0.0, "probability of a gray image")
-    gaussian_blur_prob: float = option(0.0, "probability of a Gaussian blur")
+    color_jitter_prob: float | None = option(None, "probability of color jitter", low=0, high=1)
+    grayscale_prob: float = option(0.0, "probability of a gray image", low=0, high=1)
+    gaussian_blur_prob: float = option(0.0, "probability of a Gaussian blur", low=0, high=1)
     aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment, RandAugment or AugMix policy; 'none' for none")
-    aug_repeats: float = option(0.0, "repeated augmentation: views of an image in one epoch")
+    aug_repeats: float = option(0.0, "repeated augmentation: views of an image in one epoch", low=0)
     aug_splits: int = option(0, "augmentation splits of a batch, 0 or at least 2")
-    reprob: float = option(0.25, "probability of random erasing")
+    reprob: float = option(0.25, "probability of random erasing", low=0, high=1)
     remode: str = option("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
-    recount: int = option(1, "erased regions of an image")
+    recount: int = option(1, "erased regions of an image", low=1)
     resplit: bool = option(False, "do not erase in the first augmentation split")
-    mixup: float = option(0.8, "mixup alpha, 0 for none")
-    cutmix: float = option(1.0, "CutMix alpha, 0 for none")
-    cutmix_minmax: list[float] | None = option(None, "range of the CutMix ratio, instead of alpha", count=2)
-    mixup_prob: float = option(1.0, "probability of mixup or CutMix")
-    mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup")
+    mixup: float = option(0.8, "mixup alpha, 0 for none", low=0)
+    cutmix: float = option(1.0, "CutMix alpha, 0 for none", low=0)
+    cutmix_minmax: list[float] | None = option(
+        None, "range of the CutMix ratio, instead of alpha", count=2, low=0, high=1
+    )
+    mixup_prob: float = option(1.0, "probability of mixup or CutMix", low=0, high=1)
+    mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup", low=0, high=1)
     mixup_mode: str = option("batch", "what shares one mixup parameter", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N")
     train_interpolation: str = option(

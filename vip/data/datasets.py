@@ -28,6 +28,8 @@ _OPEN_ERRORS = (
     pickle.UnpicklingError,
     tarfile.TarError,
 )
+_PLAIN_DATASETS = ("", "folder", "imagefolder", "image_folder", "tar", "imagetar")  # a folder or a tar file
+_NAMED_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("val", "validation", "valid", "eval", "evaluation"),
@@ -135,13 +137,19 @@ def create_split(
     """
     if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
         raise UserError("No data set given: name the folder that holds train/ and val/.")
+    kind = config.dataset.lower().partition("/")[0]
+    plain = kind in _PLAIN_DATASETS
+    if not plain and (kind not in _NAMED_DATASETS or "/" not in config.dataset):
+        known = [f"{name}/NAME" for name in _NAMED_DATASETS]
+        raise UserError(
+            f"--dataset {config.dataset} is none of {', '.join(known)}, or nothing for a folder or tar file."
+        )
     root = config.data
-    plain = "/" not in config.dataset  # a folder or a tar file
     if plain:
         root = split_folder(str(root), split)
     try:
         dataset = create_dataset(
-            config.dataset,
+            "" if plain else config.dataset,
             root=root,
             split=split,
             search_split=not plain,

@@ -4,7 +4,7 @@ timm's `create_loader` picks the sampler itself; here the order of training imag
 processes (so two processes at batch 16 see what one sees at 32), and evaluation visits every image exactly once.
 """
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 
 from vip.data.augmentation import create_train_transform, erasing_splits
-from vip.data.config import LoaderConfig
+from vip.data.config import AugmentationConfig, LoaderConfig
 from vip.errors import UserError
 
 
@@ -94,20 +94,11 @@ def create_train_loader(
             )
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
-    sampler: Any = None
-    if not isinstance(dataset, IterableDataset):
-        if config.aug_repeats:
-            sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
-        else:
-            # an uneven rest is dropped, as it is in one process, and not filled up with images twice
-            sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-        _refuse_large_batch(sampler, dataset, batch_size, world_size)
-
     collate: Any = mixup or fast_collate
     loader = DataLoader(
         dataset,
         batch_size,
-        sampler=sampler,
+        sampler=_train_sampler(dataset, config, batch_size, rank, world_size, seed),
         drop_last=True,
         collate_fn=default_collate if config.no_prefetcher else collate,
         generator=torch.Generator().manual_seed(seed + rank),  # seeds the augmentation in the workers
@@ -126,23 +117,32 @@ def create_train_loader(
     )
 
 
-def _worker_options(config: LoaderConfig) -> dict[str, Any]:
-    if config.workers < 0:
-        raise UserError(f"--workers is {config.workers}, expected 0 or more.")
-    return dict(
-        num_workers=config.workers,
-        pin_memory=config.pin_mem,
-        persistent_workers=config.workers > 0,
-    )
-
-
-def _refuse_large_batch(sampler: Sized, dataset: Any, batch_size: int, world_size: int) -> None:
+def _train_sampler(
+    dataset: Any, config: AugmentationConfig, batch_size: int, rank: int, world_size: int, seed: int
+) -> RepeatAugSampler | DistributedSampler | None:
+    if isinstance(dataset, IterableDataset):
+        return None
+    sampler: RepeatAugSampler | DistributedSampler
+    if config.aug_repeats:
+        sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
+    else:
+        # an uneven rest is dropped, as it is in one process, and not filled up with images twice
+        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
     if len(sampler) < batch_size:
         processes = f" in each of {world_size} processes" if world_size > 1 else ""
         raise UserError(
             f"A batch of {batch_size}{processes} needs more than the {len(dataset)} training images there are; use "
             f"--batch-size {max(len(sampler), 1)} or less."
         )
+    return sampler
+
+
+def _worker_options(config: LoaderConfig) -> dict[str, Any]:
+    return dict(
+        num_workers=config.workers,
+        pin_memory=config.pin_mem,
+        persistent_workers=config.workers > 0,
+    )
 
 
 def create_eval_loader(

@@ -1,6 +1,7 @@
 """What a user watches: a live bar on a terminal, plain lines everywhere else."""
 
 import logging
+import math
 import sys
 import time
 from types import TracebackType
@@ -44,6 +45,7 @@ class ProgressBar:
         self.values: dict[str, float] = {}
         self.bar: tqdm | None = None
         self.start = time.perf_counter()
+        self.shown = -math.inf  # when values other than the learning rate were last new
 
     def __enter__(self) -> "ProgressBar":
         if self.live:
@@ -58,6 +60,8 @@ class ProgressBar:
 
     def wants_values(self, batch: int) -> bool:
         """Whether new values of batch number `batch` would be shown; computing them makes the device wait."""
+        if self.live and time.perf_counter() - self.shown >= 1:
+            return True
         return not self.quiet and ((batch + 1) % self.log_interval == 0 or batch + 1 == self.batches)
 
     @property
@@ -69,6 +73,8 @@ class ProgressBar:
         """Count a batch of `images` images and take over new values."""
         self.done += 1
         self.images += images
+        if values.keys() - {"lr"}:
+            self.shown = time.perf_counter()
         self.values.update(values)
         if self.bar is not None:
             self.bar.set_postfix_str(self._text(), refresh=False)

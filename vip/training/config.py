@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 from vip.data.config import AugmentationConfig, DatasetConfig, InputConfig, LoaderConfig
-from vip.options import option
+from vip.options import Options, option
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Model."""
 
     model: str = option("vip_s7", "model: any name timm knows")
     pretrained: bool = option(False, "start from the weights that timm has for the model")
-    num_classes: int | None = option(None, "classes (default: those of the training set)", metavar="N")
+    num_classes: int | None = option(None, "classes (default: those of the training set)", metavar="N", low=1)
     gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax (default: the model's)")
     model_kwargs: dict = option({}, "other arguments of the model, as name=value")
     channels_last: bool = option(False, "channels-last memory layout")
@@ -23,7 +23,7 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Options):
     """Device and precision."""
 
     device: str | None = option(None, "device (default: cuda where there is one, else cpu)")
@@ -34,7 +34,7 @@ class PrecisionConfig:
 
 
 @dataclass(kw_only=True)
-class StartConfig:
+class StartConfig(Options):
     """Where the weights start."""
 
     initial_checkpoint: str = option("", "load these weights, which must fit the model exactly", metavar="PATH")
@@ -46,23 +46,25 @@ class StartConfig:
     eval_checkpoint: str = option("", "only validate this checkpoint", "--eval_checkpoint", metavar="PATH")
     transfer_learning: str = option("", "published transfer script: start from --transfer-model", const="true")
     transfer_model: str = option("", "the same as --finetune", metavar="PATH")
-    transfer_ratio: float = option(0.01, "with --transfer-learning: learning rate of the backbone over the head's")
+    transfer_ratio: float = option(
+        0.01, "with --transfer-learning: learning rate of the backbone over the head's", low=0
+    )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
 
 
 @dataclass(kw_only=True)
-class RegularizationConfig:
+class RegularizationConfig(Options):
     """Loss and regularization."""
 
-    smoothing: float = option(0.1, "label smoothing")
+    smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
     jsd_loss: bool = option(False, "Jensen-Shannon loss over augmentation splits, with --aug-splits", "--jsd")
     bce_loss: bool = option(False, "binary cross-entropy instead of cross-entropy")
     bce_sum: bool = option(False, "sum the binary cross-entropy over classes")
     bce_target_thresh: float | None = option(None, "binarize mixed targets at this value, with --bce-loss")
-    drop: float | None = option(None, "dropout before the head")
-    drop_path: float | None = option(0.1, "stochastic depth")
-    drop_connect: float | None = option(None, "old name of --drop-path")
-    drop_block: float | None = option(None, "drop-block rate, for models that have it")
+    drop: float | None = option(None, "dropout before the head", low=0, high=0.999)
+    drop_path: float | None = option(0.1, "stochastic depth", low=0, high=0.999)
+    drop_connect: float | None = option(None, "old name of --drop-path", low=0, high=0.999)
+    drop_block: float | None = option(None, "drop-block rate, for models that have it", low=0, high=0.999)
     bn_tf: bool = option(False, "TensorFlow's BatchNorm momentum and epsilon")
     bn_momentum: float | None = option(None, "BatchNorm momentum")
     bn_eps: float | None = option(None, "BatchNorm epsilon")
@@ -75,30 +77,35 @@ class RegularizationConfig:
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """Optimizer."""
 
     opt: str = option("adamw", "optimizer: any name timm knows, fused* ones by Apex")
-    opt_eps: float | None = option(None, "epsilon of the optimizer")
-    opt_betas: list[float] | None = option(None, "betas of the optimizer")
+    opt_eps: float | None = option(None, "epsilon of the optimizer", low=0)
+    opt_betas: list[float] | None = option(None, "betas of the optimizer", low=0, high=1)
     momentum: float = option(0.9, "momentum, for optimizers that have it")
-    weight_decay: float = option(0.05, "weight decay", "--wd")
-    layer_decay: float | None = option(None, "learning rate factor from each layer to the one before")
+    weight_decay: float = option(0.05, "weight decay", "--wd", low=0)
+    layer_decay: float | None = option(
+        None, "learning rate factor from each layer to the one before", low=0.001, high=1
+    )
     opt_kwargs: dict = option({}, "other arguments of the optimizer, as name=value")
     clip_grad: float | None = option(None, "gradient clipping: norm, value, or AGC factor")
     clip_mode: str = option("norm", "what --clip-grad limits", choices=("norm", "value", "agc"))
-    grad_accum_steps: int = option(1, "batches whose gradients are summed before an update", metavar="N")
+    grad_accum_steps: int = option(1, "batches whose gradients are summed before an update", metavar="N", low=1)
+
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
 
 
 @dataclass(kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Options):
     """Learning rate schedule."""
 
-    sched: str = option("cosine", "schedule: cosine, tanh, step, multistep, plateau, poly, wsd, rsqrt, constant, none")
+    sched: str = option("cosine", "schedule", choices=SCHEDULES)
     sched_on_updates: bool = option(False, "step the schedule at every update instead of every epoch")
-    lr: float = option(5e-4, "learning rate")
-    lr_base: float | None = option(None, "instead of --lr: the rate at --lr-base-size images an update")
-    lr_base_size: int = option(256, "images an update that --lr-base is for")
+    lr: float = option(5e-4, "learning rate", low=0)
+    lr_base: float | None = option(None, "instead of --lr: the rate at --lr-base-size images an update", low=0)
+    lr_base_size: int = option(256, "images an update that --lr-base is for", low=1)
     lr_noise: list[float] | None = option(None, "on and off points of learning rate noise, as shares of the schedule")
     lr_noise_pct: float = option(0.67, "limit of the noise")
     lr_noise_std: float = option(1.0, "standard deviation of the noise")
@@ -106,45 +113,45 @@ class ScheduleConfig:
     lr_cycle_decay: float = option(0.5, "decay of the learning rate from cycle to cycle")
     lr_cycle_limit: int = option(1, "number of cycles")
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
-    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up")
-    min_lr: float = option(1e-5, "lowest learning rate")
-    epochs: int = option(300, "epochs, without cool-down", metavar="N")
+    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", low=0)
+    min_lr: float = option(1e-5, "lowest learning rate", low=0)
+    epochs: int = option(300, "epochs, without cool-down", metavar="N", low=1)
     epoch_repeats: float = option(0.0, "passes over the data in one epoch, for streamed data sets that can")
-    start_epoch: int | None = option(None, "epoch to start at", metavar="N")
+    start_epoch: int | None = option(None, "epoch to start at", metavar="N", low=0)
     decay_milestones: list[int] = option([90, 180, 270], "epochs at which multistep decays")
     decay_epochs: float = option(30.0, "epochs between decays of step, or length of the decay of wsd and rsqrt")
-    warmup_epochs: int = option(10, "epochs of warm-up", metavar="N")
+    warmup_epochs: int = option(10, "epochs of warm-up", metavar="N", low=0)
     warmup_prefix: bool = option(False, "warm-up epochs do not count as --epochs")
-    cooldown_epochs: int = option(10, "epochs at the lowest rate after the schedule", metavar="N")
+    cooldown_epochs: int = option(10, "epochs at the lowest rate after the schedule", metavar="N", low=0)
     patience_epochs: int = option(10, "epochs without improvement before plateau decays", metavar="N")
     decay_rate: float = option(0.1, "factor of a decay", "--dr")
 
 
 @dataclass(kw_only=True)
-class EmaConfig:
+class EmaConfig(Options):
     """Moving average of the weights."""
 
     model_ema: bool = option(False, "keep a moving average of the weights and evaluate it")
     model_ema_force_cpu: bool = option(False, "keep the average on the CPU and do not evaluate it")
-    model_ema_decay: float = option(0.99996, "decay of the average")
+    model_ema_decay: float = option(0.99996, "decay of the average", low=0, high=1)
     model_ema_warmup: bool = option(False, "let the decay grow in the first steps")
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """Run."""
 
     train_split: str = option("train", "training split")
     val_split: str = option("validation", "validation split")
     train_num_samples: int | None = option(None, "images of the training split, for streamed data sets")
     val_num_samples: int | None = option(None, "images of the validation split, for streamed data sets")
-    batch_size: int = option(64, "batch of one process", "-b", "--b", metavar="N")
-    validation_batch_size_multiplier: int = option(1, "validation batch over training batch", "-vb", metavar="N")
-    validation_batch_size: int | None = option(None, "validation batch of one process", metavar="N")
+    batch_size: int = option(64, "batch of one process", "-b", "--b", metavar="N", low=1)
+    validation_batch_size_multiplier: int = option(1, "validation batch over training batch", "-vb", metavar="N", low=1)
+    validation_batch_size: int | None = option(None, "validation batch of one process", metavar="N", low=1)
     seed: int = option(42, "seed")
-    log_interval: int = option(50, "batches between lines in the log", metavar="N")
-    recovery_interval: int = option(0, "batches between recovery checkpoints, 0 for none", metavar="N")
-    checkpoint_hist: int = option(10, "best checkpoints to keep", metavar="N")
+    log_interval: int = option(50, "batches between lines in the log", metavar="N", low=1)
+    recovery_interval: int = option(0, "batches between recovery checkpoints, 0 for none", metavar="N", low=0)
+    checkpoint_hist: int = option(10, "best checkpoints to keep", metavar="N", low=1)
     save_images: bool = option(False, "save the first training batch of each log interval as an image")
     output: str = option("", "folder of all runs (default: output/train)", metavar="DIR")
     experiment: str = option("", "folder of this run (default: time, model and size)", metavar="NAME")
@@ -173,6 +180,21 @@ class TrainConfig(
 ):
     """Everything a training run can be told."""
 
+    # Of options that say the same thing, a flag replaces all that a recipe says.
+    alternatives = (
+        {"data", "data_dir"},
+        {"img_size", "input_size"},
+        {"lr", "lr_base"},
+        {"drop_path", "drop_connect"},
+        {"amp", "native_amp", "apex_amp"},
+        {"finetune", "transfer_model", "initial_checkpoint"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.transfer_learning.lower() in ("false", "no", "none", "0"):  # a text in the published script
+            self.transfer_learning = ""
+
     @property
     def eval_batch_size(self) -> int:
         """Validation batch of one process."""
@@ -183,13 +205,15 @@ class TrainConfig(
 class ValidateConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, DatasetConfig):
     """Everything a validation can be told; what is not given comes from the checkpoint, then from the model."""
 
-    model: str = option("", "model, or pattern of models (default: what the checkpoint holds)", "-m")
+    alternatives = ({"data", "data_dir"}, {"img_size", "input_size"}, {"amp", "native_amp", "apex_amp"})
+
+    model: str = option("", "model, or models by commas or pattern (default: what the checkpoint holds)", "-m")
     checkpoint: list[str] = option(
         [], "a checkpoint, a folder of a run, or a quoted glob pattern; may be repeated", metavar="PATH", append=True
     )
     split: str = option("validation", "split to validate on")
     num_samples: int | None = option(None, "images of the split, for streamed data sets")
-    batch_size: int = option(256, "batch size", "-b", metavar="N")
+    batch_size: int = option(256, "batch size", "-b", metavar="N", low=1)
     workers: int = option(4, "loader processes", "-j", metavar="N")
     use_ema: bool | None = option(None, "use the averaged weights (default: where the checkpoint has them)")
     real_labels: str = option("", "ImageNet ReaL labels, any of which is right", metavar="FILE")
@@ -197,8 +221,8 @@ class ValidateConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, Da
     tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
     test_pool: bool = option(False, "pool at test time when the image is larger than in training, for CNNs")
     tf_preprocessing: bool = option(False, "TensorFlow's preprocessing, needs tensorflow")
-    num_gpu: int = option(1, "GPUs to spread a batch over", metavar="N")
-    log_freq: int = option(50, "batches between lines in the log", metavar="N")
+    num_gpu: int = option(1, "GPUs to spread a batch over", metavar="N", low=1)
+    log_freq: int = option(50, "batches between lines in the log", metavar="N", low=1)
     results_file: str = option("", "write the results to this file", metavar="FILE")
     results_format: str = option("", "its format (default: by its ending, else csv)", choices=("", "csv", "json"))
     seed: int = option(42, "seed")

@@ -47,8 +47,8 @@ class TrainState:
 class LossLog:
     """Collects losses on the device, to be read once in a while instead of at every step."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, epoch: int) -> None:
+        self.runtime, self.epoch = runtime, epoch
         self.pending: list[tuple[torch.Tensor, float]] = []
         self.total, self.batches = 0.0, 0
 
@@ -68,9 +68,9 @@ class LossLog:
             if not math.isfinite(value):
                 scale = "" if loss_scale is None else f", loss scale {loss_scale:g}"
                 raise UserError(
-                    f"The loss became {value} at batch {self.batches + i + 1} of this epoch (learning rate {lr:.3g}"
-                    f"{scale}). The last checkpoint is intact: --resume it with a lower --lr, with --clip-grad 1, or "
-                    "with --amp-dtype bfloat16."
+                    f"The loss became {value} in epoch {self.epoch} at batch {self.batches + i + 1} (learning rate "
+                    f"{lr:.3g}{scale}). Nothing was saved since; earlier checkpoints are intact. Start again, or "
+                    "--resume the last of them, with a lower --lr, with --clip-grad 1, or with --amp-dtype bfloat16."
                 )
         self.total += sum(values)
         self.batches += len(values)
@@ -129,6 +129,7 @@ def train_one_epoch(
     progress: Progress,
     mixup: Callable | None = None,
     on_batch: Callable[[int, torch.Tensor], None] | None = None,
+    save_recovery: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Train for one pass over the loader.
 
@@ -140,6 +141,7 @@ def train_one_epoch(
         progress: Receives loss and learning rate every `log_interval` batches.
         mixup: Mixes a batch on the device, where the loader does not mix itself.
         on_batch: Called with each batch's number and images.
+        save_recovery: Called with the batch's number every `recovery_interval` batches, if all losses were finite.
 
     Returns:
         `loss`, the average over the epoch and all processes.
@@ -148,7 +150,7 @@ def train_one_epoch(
         UserError: If the loss is not finite.
     """
     state.task.train()
-    losses = LossLog(runtime)
+    losses = LossLog(runtime, state.epoch)
     batches, accum = len(loader), config.grad_accum_steps
     for i, (images, target) in enumerate(loader):
         images, target = images.to(runtime.device, non_blocking=True), target.to(runtime.device, non_blocking=True)
@@ -161,12 +163,17 @@ def train_one_epoch(
         last_of_update = min(i - i % accum + accum, batches) - 1  # the last update of an epoch may have fewer batches
         share = 1 / (last_of_update - (i - i % accum) + 1)
         lr = state.lr
-        losses.add(train_step(state, config, images, target, share, update=i == last_of_update), lr)
-        if (i + 1) % config.log_interval == 0 or i + 1 == batches:
-            loss = losses.read(state.precision.loss_scale)
-            progress.update(len(images) * runtime.world_size, loss=loss, average=losses.average, lr=lr)
-        else:
-            progress.update(len(images) * runtime.world_size)
+        loss = train_step(state, config, images, target, share, update=i == last_of_update)
+        losses.add(loss, lr)
+        recover = config.recovery_interval > 0 and (i + 1) % config.recovery_interval == 0
+        values = {"lr": lr}
+        if recover or (i + 1) % config.log_interval == 0 or i + 1 == batches:
+            values.update(loss=losses.read(state.precision.loss_scale), average=losses.average)
+        elif progress.wants_values(i):
+            values["loss"] = loss.item()  # of this process alone: the others do not look at a terminal
+        progress.update(len(images) * runtime.world_size, **values)
+        if recover and save_recovery is not None:
+            save_recovery(i)
     return {"loss": losses.average}
 
 

@@ -9,11 +9,12 @@ from timm.data import resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
-from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
 from torch import nn
 
 from vip.data.config import InputConfig
 from vip.errors import UserError
+from vip.options import nearest
 from vip.training.config import ModelConfig, RegularizationConfig, TrainConfig
 from vip.training.weights import check_model_name
 
@@ -101,6 +102,17 @@ def _set_batch_norm(model: nn.Module, config: RegularizationConfig) -> None:
         norm.eps = eps or norm.eps
 
 
+def check_compile_backend(name: str | None) -> None:
+    """Refuse a backend that torch.compile does not know.
+
+    Raises:
+        UserError: With the nearest ones it does.
+    """
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if name and name not in known:
+        raise UserError(f"--torchcompile {name} is no backend of torch.compile.{nearest(name, known)} Try inductor.")
+
+
 def create_criterion(config: TrainConfig) -> nn.Module:
     """Create the training loss.
 
@@ -135,8 +147,11 @@ def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: i
         groups = _transfer_groups(model, config.weight_decay, config.transfer_ratio)
     try:
         return create_optimizer_v2(groups, **kwargs)
-    except (ValueError, AssertionError, RuntimeError, TypeError, ImportError) as e:
-        raise UserError(f"Cannot create the optimizer {config.opt}: {str(e).strip()}") from e
+    except (ValueError, AssertionError, RuntimeError, TypeError, ImportError, IndexError) as e:
+        known = nearest(config.opt, map(str, list_optimizers()))
+        raise UserError(
+            f"Cannot create the optimizer {config.opt}: {str(e).strip()}.{known} See --opt, --opt-betas, --opt-kwargs."
+        ) from e
 
 
 def _transfer_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dict[str, Any]]:

@@ -93,13 +93,10 @@ class RunSaver(CheckpointSaver):
         state: What to save.
         folder: Folder of the run.
         config: Name of the model, eval metric and number of checkpoints to keep.
-        extras: Other entries of a checkpoint.
-        args: The entry `args`.
+        about: Entries of a checkpoint that do not change: `arch`, `args` and what else describes the run.
     """
 
-    def __init__(
-        self, state: TrainState, folder: Path, config: TrainConfig, extras: dict[str, Any], args: dict[str, Any]
-    ) -> None:
+    def __init__(self, state: TrainState, folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
         super().__init__(
             state.task,
             state.optimizer,
@@ -108,21 +105,19 @@ class RunSaver(CheckpointSaver):
             decreasing=config.eval_metric == "loss",
             max_history=config.checkpoint_hist,
         )
-        self.state, self.config, self.extras, self.args = state, config, extras, args
+        self.state, self.about = state, about
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state = self.state
         content = {
             "epoch": epoch,
-            "arch": self.config.model.partition(".")[0],
             "version": 2,  # timm's layout in which `epoch` is the one that ended
-            "args": self.args,
+            **self.about,
             **state.task.get_checkpoint_state(),
             **(state.task.get_checkpoint_state(ema=True) if state.task.has_ema() else {}),
             "optimizer": state.optimizer.state_dict(),
             "num_updates": state.updates,
             "saver": self.state_dict(epoch, metric),
-            **self.extras,
         }
         if state.scheduler is not None:
             content["lr_scheduler"] = state.scheduler.state_dict()

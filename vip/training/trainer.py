@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,13 @@ from vip.reporting.results import Metrics
 from vip.reporting.summary import Summary
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, evaluate, train_one_epoch
-from vip.training.factory import create_criterion, create_optimizer, create_training_model, resolve_data_config
+from vip.training.factory import (
+    check_compile_backend,
+    create_criterion,
+    create_optimizer,
+    create_training_model,
+    resolve_data_config,
+)
 from vip.training.runtime import Runtime, setup_precision, setup_runtime
 from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
@@ -119,8 +126,8 @@ class Trainer:
             dist.barrier()
 
     def _num_classes(self) -> int | None:
-        wanted, found = self.config.num_classes, len(self.class_to_idx or ())
-        if wanted and found and wanted != found and not self.config.class_map:
+        wanted, found = self.config.num_classes, max((self.class_to_idx or {"": -1}).values()) + 1
+        if wanted and found and (wanted < found or (wanted != found and not self.config.class_map)):
             raise UserError(
                 f"--num-classes {wanted}, but the training set has {found} classes; leave it out or give a --class-map."
             )
@@ -136,6 +143,7 @@ class Trainer:
         elif finetune:
             _logger.info(load_finetune(model, find_checkpoint(finetune)))
         params = sum(p.numel() for p in model.parameters())
+        self.arch = model.pretrained_cfg["architecture"]  # type: ignore[index]  # a dictionary
         self.data_config = resolve_data_config(model, config)
         _logger.info(f"{config.model}: {params:,} parameters, input {tuple(self.data_config['input_size'])}")
 
@@ -179,6 +187,8 @@ class Trainer:
             resume(self.state, self.resumed, config)
         if config.start_epoch is not None:
             self.state.epoch = config.start_epoch
+        if self.state.epoch >= self.epochs:
+            raise UserError(f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs.")
         self.state.updates = self.state.updates or self.state.epoch * updates
         if scheduler is not None and self.state.epoch:
             if config.sched_on_updates:
@@ -203,6 +213,11 @@ class Trainer:
                 train_metrics, images_per_second = self._train_epoch(epoch, outputs)
                 metrics = self._evaluate_epoch(epoch)
                 lr, metric = state.lr, metrics[config.eval_metric]
+                if not math.isfinite(metrics["loss"]):
+                    raise UserError(
+                        f"The validation loss became {metrics['loss']} after epoch {epoch} (learning rate {lr:.3g}). "
+                        "Earlier checkpoints are intact: --resume the last of them with a lower --lr or --clip-grad 1."
+                    )
                 if state.scheduler is not None:
                     state.scheduler.step(epoch + 1, metric)
                 if outputs is not None:
@@ -222,14 +237,14 @@ class Trainer:
         config, state = self.config, self.state
         folder = run_folder(config, self.data_config["input_size"][1:])
         args = dataclasses.asdict(config)
+        recipe = {**args, "resume": "", "experiment": ""}  # for another run like this one
         kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 1
         continued = bool(self.resumed) and Path(self.resumed).parent == folder
         if not continued:
             refuse_existing_run(folder)
-        prepare_folder(folder, args, checkpoint_bytes(state, kept))
-        saver = RunSaver(
-            state, folder, config, {"data_config": self.data_config, "class_to_idx": self.class_to_idx}, args
-        )
+        prepare_folder(folder, recipe, checkpoint_bytes(state, kept))
+        about = {"arch": self.arch, "data_config": self.data_config, "class_to_idx": self.class_to_idx}
+        saver = RunSaver(state, folder, config, {**about, "args": args})
         if continued:
             saver.load_state_dict_from_checkpoint(self.resumed)
         summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
@@ -253,14 +268,22 @@ class Trainer:
         def on_batch(i: int, images: torch.Tensor) -> None:
             if outputs is None:
                 return
-            if config.recovery_interval and i and i % config.recovery_interval == 0:
-                outputs.saver.save_recovery(epoch, i)
             if config.save_images and i % config.log_interval == 0:
                 save_image(images, outputs.folder / f"train-batch-{epoch}-{i}.jpg", padding=0, normalize=True)
 
+        def save_recovery(i: int) -> None:
+            if outputs is not None:
+                outputs.saver.save_recovery(epoch, i)
+
         with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
             mixup = self.mixup if config.no_prefetcher else None
-            metrics = train_one_epoch(self.state, self.train_loader, config, self.runtime, progress, mixup, on_batch)
+            metrics = train_one_epoch(
+                self.state, self.train_loader, config, self.runtime, progress, mixup, on_batch, save_recovery
+            )
+        _logger.info(
+            f"Epoch {epoch}: loss {metrics['loss']:.4f}, learning rate {self.state.lr:.2e}, "
+            f"{progress.images_per_second:,.0f} img/s"
+        )
         if skipped := unreadable_files(self.train_data):
             _logger.warning(f"{len(skipped)} unreadable training images were replaced: {', '.join(skipped[:5])}")
         model = self.state.task.get_trainable_module()
@@ -320,9 +343,7 @@ def _in_chans(config: TrainConfig) -> int:
 
 def _check(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
-    for name in ("batch_size", "epochs", "grad_accum_steps", "log_interval", "checkpoint_hist"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1.")
+    check_compile_backend(config.torchcompile)
     if config.mixup_active and config.batch_size % 2:
         raise UserError(
             f"Mixup and CutMix pair the images of a batch, and --batch-size {config.batch_size} is odd; use an even "

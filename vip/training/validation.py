@@ -23,8 +23,8 @@ from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics, format_result, format_table, result_row, write_results
 from vip.training.config import ValidateConfig
 from vip.training.engine import evaluate
-from vip.training.factory import create_model, resolve_data_config
-from vip.training.runtime import Runtime, setup_precision, setup_runtime
+from vip.training.factory import check_compile_backend, create_model, resolve_data_config
+from vip.training.runtime import Precision, Runtime, setup_precision, setup_runtime
 from vip.training.weights import find_checkpoint, load_weights, read_checkpoint, recognise, state_dict_of
 
 _logger = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def _jobs(config: ValidateConfig) -> list[tuple[str, ValidateConfig]]:
         return [(path, dataclasses.replace(config, checkpoint=[path])) for path in paths]
     if not config.model:
         raise UserError("Nothing to validate: give --checkpoint PATH, or --model NAME --pretrained.")
-    names = timm.list_models(config.model, pretrained=True) if glob.has_magic(config.model) else [config.model]
+    patterns = config.model.split(",")
+    names = [n for p in patterns for n in (timm.list_models(p, pretrained=True) if glob.has_magic(p) else [p])]
     if not names:
         raise UserError(f"No model with pretrained weights matches {config.model!r}.")
     return [(name, dataclasses.replace(config, model=name, pretrained=True)) for name in names]
@@ -130,8 +131,9 @@ def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[
     data_config = resolve_data_config(model, config)
     dataset = _open_split(config, data_config["input_size"][0], model, checkpoint)
     param_count = sum(p.numel() for p in model.parameters())
-    model = _prepare(model, config, data_config, runtime)
-    metrics, images_per_second = _run(model, dataset, config, data_config, runtime)
+    precision = setup_precision(config, runtime.device)
+    model = _prepare(model, config, data_config, runtime, precision)
+    metrics, images_per_second = _run(model, dataset, config, data_config, runtime, precision)
     return result_row(config.model, source, metrics, param_count, data_config, images_per_second)
 
 
@@ -190,12 +192,21 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
         load_bytes=config.tf_preprocessing,
     )
     found, trained_on = class_to_idx(dataset), checkpoint.get("class_to_idx")
-    if found is None or config.class_map or config.real_labels:
-        return dataset
-    if config.valid_labels:
-        subset = _label_subset(config.valid_labels)
-        if subset is not None and len(subset) != len(found):
+    if (subset := _label_subset(config.valid_labels)) is not None:
+        if len(subset) == 0 or not 0 <= int(subset.min()) <= int(subset.max()) < model.num_classes:
+            raise UserError(
+                f"{config.valid_labels} names classes the model has not: it has {model.num_classes}, from 0 on."
+            )
+        if found is not None and len(subset) != len(found):
             raise UserError(f"{config.valid_labels} names {len(subset)} classes and {config.data} has {len(found)}.")
+        return dataset
+    if found is None or config.real_labels:
+        return dataset
+    if config.class_map:
+        if max(found.values()) >= model.num_classes:
+            raise UserError(
+                f"{config.class_map} names {max(found.values()) + 1} classes, the model has {model.num_classes}."
+            )
         return dataset
     if len(found) != model.num_classes:
         raise UserError(
@@ -208,14 +219,21 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
     return dataset
 
 
-def _prepare(model: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime) -> nn.Module:
+def _prepare(
+    model: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime, precision: Precision
+) -> nn.Module:
+    check_compile_backend(config.torchcompile)
     if config.test_pool:
+        if getattr(model, "output_fmt", "NCHW") != "NCHW":
+            raise UserError(f"--test-pool is for CNNs; {config.model} takes another size with --img-size alone.")
         model, pooled = apply_test_time_pool(model, data_config)
         if pooled:
             data_config["crop_pct"] = 1.0
     model = model.to(runtime.device).eval()
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if precision.apex_amp is not None:
+        model = precision.apex_amp.initialize(model, opt_level="O1")
     if config.torchscript:
         model = torch.jit.script(model)
     elif config.torchcompile:
@@ -228,11 +246,15 @@ def _prepare(model: Any, config: ValidateConfig, data_config: dict[str, Any], ru
 
 
 def _run(
-    model: nn.Module, dataset: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime
+    model: nn.Module,
+    dataset: Any,
+    config: ValidateConfig,
+    data_config: dict[str, Any],
+    runtime: Runtime,
+    precision: Precision,
 ) -> tuple[Metrics, float]:
     place = runtime.device, runtime.rank, runtime.world_size
     loader = create_eval_loader(dataset, config, data_config, config.batch_size, *place, config.tf_preprocessing)
-    precision = setup_precision(config, runtime.device)
     real_labels = _real_labels(config, dataset, runtime)
     batches = len(loader) if hasattr(loader, "__len__") else None
     with ProgressBar("Validation", batches, config.log_freq, runtime.device, not runtime.is_primary) as progress:

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import logging
 import pickle
-import zipfile
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -61,25 +61,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their args as one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        needs = _unsafe_globals(path)
-        if needs:
+    except Exception as e:  # bytes that are no checkpoint make the readers raise nearly anything
+        code = sorted(set(re.findall(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+\w)", str(e))))
+        if isinstance(e, pickle.UnpicklingError) and code:
             raise UserError(
-                f"{path} is refused: loading it would run code ({', '.join(needs[:3])}). Save its weights alone, with "
+                f"{path} is refused: loading it would run code ({', '.join(code)}). Save its weights alone, with "
                 "torch.save(model.state_dict(), ...), where you trust it."
             ) from e
-        raise UserError(f"{path} is no checkpoint or is damaged: {str(e).splitlines()[0]}") from e
-    except Exception as e:  # bytes that are no checkpoint make the readers raise nearly anything
-        raise UserError(f"{path} is no checkpoint or is damaged: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+        # torch's own text would advise to allow code
+        what = "it is empty" if path.stat().st_size == 0 else type(e).__name__
+        raise UserError(f"{path} is no checkpoint or is damaged ({what}); take another one of the run.") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a dictionary of weights.")
     return content
-
-
-def _unsafe_globals(path: Path) -> list[str]:
-    if not zipfile.is_zipfile(path):
-        return []
-    return torch.serialization.get_unsafe_globals_in_checkpoint(path)
 
 
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | Path = "checkpoint") -> StateDict:
@@ -143,8 +137,14 @@ def filter_for(model: nn.Module, state_dict: StateDict) -> StateDict:
     return convert(state_dict, model) if convert else state_dict
 
 
-def load_weights(model: nn.Module, state_dict: StateDict, path: str | Path) -> None:
+def load_weights(model: nn.Module, state_dict: StateDict, path: str | Path, source: StateDict | None = None) -> None:
     """Load weights that must fit the model; another image size is resampled.
+
+    Args:
+        model: The model to load into.
+        state_dict: The weights.
+        path: Where they come from, for messages.
+        source: What the file held, where `state_dict` was changed since.
 
     Raises:
         UserError: If they do not fit; the message says what differs.
@@ -155,29 +155,32 @@ def load_weights(model: nn.Module, state_dict: StateDict, path: str | Path) -> N
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
-        raise UserError(_describe_mismatch(model, state_dict, path)) from e
+        raise UserError(_describe_mismatch(model, state_dict, path, recognise(source or state_dict))) from e
     if resampled:
         _logger.info(f"Resampled {resampled} of {len(own)} tensors in {path} to the model's image size")
 
 
-def _describe_mismatch(model: nn.Module, state_dict: StateDict, path: str | Path) -> str:
+def _describe_mismatch(model: nn.Module, state_dict: StateDict, path: str | Path, found: str | None) -> str:
     own = model.state_dict()
-    wrong = [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape and _is_fixed(k)]
-    heads = [k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape and k.startswith("head.")]
+    other = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
+    heads = [k for k in other if k.startswith("head.")]
+    wrong = [k for k in other if _is_fixed(k) or k.startswith("patch_embed.proj")]
     missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     if heads and not (wrong or missing or unknown):
         there, here = len(state_dict[heads[0]]), len(own[heads[0]])
-        return f"{path} has {there} classes, the model {here}; use --num-classes {there}, or --finetune for a new head."
+        return (
+            f"{path} has {there} classes, the model {here}; use --num-classes {there} with data of as many, or train "
+            "from it with --finetune, which makes a new head."
+        )
     facts = Counter({"of another shape": len(wrong), "missing": len(missing), "unknown": len(unknown)})
     counts = ", ".join(f"{n} {what}" for what, n in facts.items() if n)
     example = ""
     if wrong:
-        key = min(wrong, key=list(own).index)
+        key = wrong[0]
         example = f" For example {key} is {list(state_dict[key].shape)} there and {list(own[key].shape)} in the model."
     elif missing or unknown:
         example = f" For example {min(missing or unknown)} is {'missing' if missing else 'unknown'}."
-    found = recognise(state_dict)
     advice = f" It holds {found}: use --model {found}." if found and found != name else ""
     return f"The weights in {path} do not fit {name}: {counts or 'some'} of {len(own)} tensors.{example}{advice}"
 
@@ -195,7 +198,8 @@ def load_finetune(model: nn.Module, path: str | Path) -> str:
     Raises:
         UserError: If anything but the head, the image size and the input channels differs.
     """
-    state_dict = state_dict_of(read_checkpoint(path), None, path)
+    source = state_dict_of(read_checkpoint(path), None, path)
+    state_dict = dict(source)
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
     remade = []
     classifiers = cfg.get("classifier") or ()
@@ -212,7 +216,7 @@ def load_finetune(model: nn.Module, path: str | Path) -> str:
         remade.append(f"{first} ({state_dict[first].shape[1]} channels there, {own[first].shape[1]} here, converted)")
         state_dict[first] = adapt_input_conv(own[first].shape[1], state_dict[first])
     resampled = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
-    load_weights(model, state_dict, path)
+    load_weights(model, state_dict, path, source)
     parts = [f"kept {len(own) - len(remade) - len(resampled)} of {len(own)} tensors"]
     if resampled:
         parts.append(f"resampled {len(resampled)} to the new image size")
