@@ -291,34 +291,28 @@ class VisionPermutator(nn.Module):
         patch_embed: Any = PatchEmbed  # its hints know square patches only
         self.patch_embed = patch_embed(img_size, patch_hw, in_chans, embed_dims[0], output_fmt="NHWC", **dd)
 
-        grid_size, reduction = self.patch_embed.grid_size, max(patch_hw)
         drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(layers)))
         network: list[nn.Module] = []
         self.stage_ends: list[int] = []
         self.feature_info: list[dict[str, Any]] = []
+        grid_size, reduction = self.patch_embed.grid_size, max(patch_hw)
         for i, (depth, dim) in enumerate(zip(layers, embed_dims, strict=True)):
             if i > 0 and (transitions[i - 1] or dim != embed_dims[i - 1]):
                 stride = 2 if transitions[i - 1] else 1
                 network.append(Downsample(embed_dims[i - 1], dim, stride, **dd))
                 grid_size, reduction = (grid_size[0] // stride, grid_size[1] // stride), reduction * stride
-            network.append(
-                nn.Sequential(
-                    *(
-                        PermutatorBlock(
-                            dim,
-                            segments[i],
-                            grid_size,
-                            mlp_ratio=mlp_ratio,
-                            norm_layer=norm_layer,
-                            act_layer=act_layer,
-                            proj_drop=proj_drop_rate,
-                            drop_path=next(drop_path_rates),
-                            **dd,
-                        )
-                        for _ in range(depth)
-                    )
-                )
+            block = partial(
+                PermutatorBlock,
+                dim,
+                segments[i],
+                grid_size,
+                mlp_ratio=mlp_ratio,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                proj_drop=proj_drop_rate,
+                **dd,
             )
+            network.append(nn.Sequential(*(block(drop_path=next(drop_path_rates)) for _ in range(depth))))
             self.stage_ends.append(len(network) - 1)
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"network.{len(network) - 1}"))
         self.network = nn.ModuleList(network)
@@ -342,7 +336,7 @@ class VisionPermutator(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, by stage if `coarse`."""
+        """Patterns that group parameters by depth; if `coarse`, by stage, with transitions as stages of their own."""
         return dict(
             stem=r"^patch_embed",
             blocks=r"^network\.(\d+)"
