@@ -125,6 +125,18 @@ def test_repeated_augmentation_gives_each_process_its_own_view_of_the_same_image
     assert len(seen) == len(set(seen))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_views_of_an_image_differ_between_processes(workers: int) -> None:
+    options = dict(mixup=0.0, cutmix=0.0, reprob=0.0, aa="none", color_jitter=0.9, aug_repeats=2.0, workers=workers)
+    config = TrainConfig(**options)
+    views = [
+        next(iter(create_train_loader(Numbered(60), config, DATA_CONFIG, 30, None, CPU, rank, 2))) for rank in (0, 1)
+    ]
+    assert torch.equal(views[0][1], views[1][1])
+    alike = torch.isclose(views[0][0], views[1][0]).flatten(1).all(1)
+    assert alike.float().mean() < 0.5  # nearly black ones may be
+
+
 def test_repeated_augmentation_in_one_process() -> None:
     seen = sum(train_batches(30, 6, aug_repeats=2.0), [])
     assert len(seen) == 30 and seen[::2] == seen[1::2] and len(set(seen)) == 15
