@@ -156,6 +156,8 @@ def test_a_class_too_few_or_too_many(train_refuses: Refused, validate_refuses: R
         (["--class-map", "none.txt"], ["none.txt"]),
         (["--dataset", "hfds/somebody/images"], ["hfds/somebody/images", "pip install datasets"]),
         (["--dataset", "torch/cifar10"], ["torch/cifar10", "--dataset-download"]),
+        (["--dataset", "cifar10"], ["cifar10", "--dataset-download"]),
+        (["--dataset", "troch/cifar10"], ["troch/cifar10", "torch/NAME"]),
         (["--dataset", "torch/imagenot"], ["torch/imagenot", "imagenot"]),
     ],
 )

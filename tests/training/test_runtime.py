@@ -87,6 +87,8 @@ def test_contradicting_precision_is_refused():
 def test_devices_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match="No device is called 'gpu'"):
         setup_runtime("gpu")
+    with pytest.raises(UserError, match="meta has no memory"):
+        setup_runtime("meta")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="finds no GPU"):
             setup_runtime("cuda")

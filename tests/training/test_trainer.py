@@ -102,6 +102,14 @@ def test_resume_without_experiment_continues_in_the_runs_folder(colours: Path, t
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1"]
 
 
+def test_resume_of_a_folder_continues_its_last_state(colours: Path, tmp_path: Path):
+    train(quick(colours, tmp_path, epochs=2))
+    (tmp_path / "run/model_best.pth.tar").unlink()
+    (tmp_path / "run/model_best.pth.tar").hardlink_to(tmp_path / "run/checkpoint-0.pth.tar")
+    train(quick(colours, tmp_path, experiment="", resume=str(tmp_path / "run"), epochs=3))
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1", "2"]
+
+
 def test_resume_auto_starts_a_run_that_never_began(colours: Path, tmp_path: Path):
     train(quick(colours, tmp_path, resume="auto", epochs=1))
     assert len(rows(tmp_path / "run")) == 1

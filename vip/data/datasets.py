@@ -30,6 +30,7 @@ _OPEN_ERRORS = (
 )
 _PLAIN_DATASETS = ("", "folder", "imagefolder", "image_folder", "tar", "imagetar")  # a folder or a tar file
 _NAMED_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
+_DATASET_ALIASES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}  # names in the published transfer script
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("val", "validation", "valid", "eval", "evaluation"),
@@ -137,9 +138,10 @@ def create_split(
     """
     if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
         raise UserError("No data set given: name the folder that holds train/ and val/.")
-    kind = config.dataset.lower().partition("/")[0]
+    name = _DATASET_ALIASES.get(config.dataset.lower(), config.dataset)
+    kind = name.lower().partition("/")[0]
     plain = kind in _PLAIN_DATASETS
-    if not plain and (kind not in _NAMED_DATASETS or "/" not in config.dataset):
+    if not plain and (kind not in _NAMED_DATASETS or "/" not in name):
         known = [f"{name}/NAME" for name in _NAMED_DATASETS]
         raise UserError(
             f"--dataset {config.dataset} is none of {', '.join(known)}, or nothing for a folder or tar file."
@@ -149,7 +151,7 @@ def create_split(
         root = split_folder(str(root), split)
     try:
         dataset = create_dataset(
-            "" if plain else config.dataset,
+            "" if plain else name,
             root=root,
             split=split,
             search_split=not plain,

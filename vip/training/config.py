@@ -119,7 +119,9 @@ class ScheduleConfig(Options):
     epoch_repeats: float = option(0.0, "passes over the data in one epoch, for streamed data sets that can")
     start_epoch: int | None = option(None, "epoch to start at", metavar="N", low=0)
     decay_milestones: list[int] = option([90, 180, 270], "epochs at which multistep decays")
-    decay_epochs: float = option(30.0, "epochs between decays of step, or length of the decay of wsd and rsqrt")
+    decay_epochs: float = option(
+        30.0, "epochs between decays of step, or length of the decay of wsd and rsqrt", low=0.001
+    )
     warmup_epochs: int = option(10, "epochs of warm-up", metavar="N", low=0)
     warmup_prefix: bool = option(False, "warm-up epochs do not count as --epochs")
     cooldown_epochs: int = option(10, "epochs at the lowest rate after the schedule", metavar="N", low=0)

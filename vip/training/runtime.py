@@ -54,6 +54,8 @@ def setup_runtime(device: str | None = None, dist_backend: str | None = None, wo
         kind = torch.device(device).type
     except RuntimeError as e:
         raise UserError(f"No device is called {device!r}; --device takes cpu, cuda, cuda:1, mps, ...") from e
+    if kind == "meta":
+        raise UserError("--device meta has no memory to compute in; use cpu or cuda.")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: torch finds no GPU here; use --device cpu or install a driver.")

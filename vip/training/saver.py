@@ -23,8 +23,8 @@ def run_folder(config: TrainConfig, image_size: tuple[int, ...]) -> Path:
     root = Path(config.output or "output/train")
     if config.experiment:
         return root / config.experiment
-    if config.resume and (Path(config.resume).parent / "args.yaml").exists():
-        return Path(config.resume).parent
+    if config.resume and (folder := Path(resume_path(config)).parent / "args.yaml").exists():
+        return folder.parent
     size = "x".join(str(s) for s in dict.fromkeys(image_size))
     return root / f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}"
 
@@ -36,7 +36,8 @@ def resume_path(config: TrainConfig) -> str:
         UserError: If `auto` is given without `--experiment`, or there is no such checkpoint.
     """
     if config.resume != "auto":
-        return str(find_checkpoint(config.resume)) if config.resume else ""
+        last = Path(config.resume) / "last.pth.tar"  # of a folder, the state to continue is the last and not the best
+        return str(find_checkpoint(last if last.is_file() else config.resume)) if config.resume else ""
     if not config.experiment:
         raise UserError("--resume auto looks in the folder of the run: name it with --experiment.")
     last = Path(config.output or "output/train") / config.experiment / "last.pth.tar"
