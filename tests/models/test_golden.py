@@ -1,4 +1,4 @@
-"""The published Vision Permutators, by the figures their published implementation gives."""
+"""The published models, by the figures their published implementation gives."""
 
 from typing import Any
 
@@ -13,7 +13,9 @@ import vip  # noqa: F401  registers the models
 TOLERANCE = dict(rtol=1e-9, atol=0.0)
 
 
-@pytest.fixture(scope="module", params=["vip_s14", "vip_s7", "vip_m7", "vip_l7"])
+@pytest.fixture(
+    scope="module", params=["vip_s14", "vip_s7", "vip_m7", "vip_l7", "lvvit_t", "lvvit_s", "lvvit_m", "lvvit_l"]
+)
 def figures(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     golden = golden_vectors.read(request.param)
     model = timm.create_model(request.param, dtype=torch.float64)

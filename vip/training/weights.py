@@ -99,9 +99,9 @@ def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | 
 
 def _is_fixed(name: str) -> bool:
     """Whether the shape of a parameter follows from the architecture, not from classes, channels or image size."""
-    return not name.startswith(("head.", "aux_head.", "patch_embed.proj", "pos_embed")) and not name.endswith(
-        (".mlp_h.weight", ".mlp_w.weight")
-    )
+    return not name.startswith(
+        ("head.", "aux_head.", "patch_embed.proj.", "patch_embed.conv1.", "pos_embed")
+    ) and not name.endswith((".mlp_h.weight", ".mlp_w.weight"))
 
 
 def recognise(state_dict: StateDict) -> str | None:
