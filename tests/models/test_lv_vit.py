@@ -528,10 +528,21 @@ def test_reset_classifier_makes_no_auxiliary_head_that_was_not_asked_for():
     assert model.aux_head is None and model(images()).shape == (2, 3)
 
 
-def test_reset_classifier_keeps_train_mode():
-    model = nano().train()
+@pytest.mark.parametrize("training", [True, False])
+def test_reset_classifier_keeps_mode(training):
+    model = nano().train(training)
     model.reset_classifier(4)
-    assert all(m.training for m in model.modules())
+    assert {m.training for m in model.modules()} == {training}
+
+
+def test_odd_patch_is_refused():
+    with pytest.raises(ValueError, match="Patch size 5 is odd"):
+        nano(patch_size=5, img_size=40)
+
+
+def test_checkpoint_of_a_rectangle_is_not_taken_for_a_square():
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        nano().load_state_dict(nano(img_size=(48, 40)).state_dict())
 
 
 def test_reset_classifier_keeps_type_and_device():

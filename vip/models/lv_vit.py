@@ -16,6 +16,7 @@ auxiliary head to any token is added, halved, to the class token's.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -75,6 +76,10 @@ class ConvPatchEmbed(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if patch_size % 2:
+            raise ValueError(
+                f"Patch size {patch_size} is odd: the first convolution halves the image, so take an even one."
+            )
         self.patch_size = to_2tuple(patch_size)
         self.strict_img_size = True
         self.set_input_size(img_size)
@@ -277,13 +282,17 @@ class LVViT(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Change the image size in place, resampling the position embedding.
+
+        Args:
+            img_size: New image size, the current one if None.
 
         Raises:
             ValueError: If the patches do not divide it; the model is unchanged then.
         """
-        new_img_size, old_grid_size = to_2tuple(img_size), self.patch_embed.grid_size
+        new_img_size = to_2tuple(self.patch_embed.img_size if img_size is None else img_size)
+        old_grid_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(new_img_size)
         pos_embed = resample_abs_pos_embed(
             self.pos_embed.detach(), self.patch_embed.grid_size, old_grid_size, self.num_prefix_tokens
@@ -293,11 +302,13 @@ class LVViT(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         key = prefix + "pos_embed"
-        if key in state_dict and state_dict[key].shape != self.pos_embed.shape:
+        pos_embed = state_dict.get(key)
+        # the grid it was made for is not stored; square is the only one that can be told
+        square = pos_embed is not None and pos_embed.ndim == 3 and math.isqrt(pos_embed.shape[1] - 1) ** 2 + 1
+        if pos_embed is not None and pos_embed.shape != self.pos_embed.shape and square == pos_embed.shape[1]:
             _logger.info(f"Resampling {key} to {self.patch_embed.grid_size} tokens.")
-            # the grid it was made for is not stored; square is the only one that can be told
             state_dict[key] = resample_abs_pos_embed(
-                state_dict[key], self.patch_embed.grid_size, num_prefix_tokens=self.num_prefix_tokens
+                pos_embed, self.patch_embed.grid_size, num_prefix_tokens=self.num_prefix_tokens
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -312,7 +323,9 @@ class LVViT(nn.Module):
         if global_pool is not None:
             self._set_global_pool(global_pool)
         self._create_heads(get_device_dtype(self))
-        self.head.train(self.training)
+        for head in (self.head, self.aux_head):
+            if head is not None:
+                head.train(self.training)
 
     def forward_intermediates(
         self,
