@@ -64,7 +64,7 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             low, high, value = field.metadata["low"], field.metadata["high"], getattr(self, field.name)
-            for number in value if isinstance(value, list) else [value]:
+            for number in value if isinstance(value, list | tuple) else [value]:
                 if number is None or (low is None or number >= low) and (high is None or number <= high):
                     continue
                 expected = f"{low} to {high}" if high is not None else f"at least {low}"

@@ -152,3 +152,13 @@ def test_nothing_to_validate_is_said_in_one_line(colours: Path, validate):
     for arguments in ((colours,), (colours, "--model", "vip_s7"), (colours, "--checkpoint", "no*such")):
         status, _, text = validate(*arguments)
         assert status == 2 and text.count("\n") == 1, text
+
+
+def test_preprocessing_of_a_tag_is_what_training_resolved(colours: Path, tmp_path: Path, validate):
+    """resnet18's default tag has another crop and interpolation than this one."""
+    train(quick(colours, tmp_path, epochs=1, model="resnet18.tv_in1k", input_size=[3, 32, 32]))
+    _, result, _ = validate(colours, "--checkpoint", tmp_path / "run")
+    with open(tmp_path / "run/summary.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert (result["crop_pct"], result["interpolation"]) == (0.875, "bilinear")
+    assert (str(result["top1"]), str(result["loss"])) == (last["eval_top1"], last["eval_loss"])

@@ -89,7 +89,7 @@ class OptimizerConfig(Options):
         None, "learning rate factor from each layer to the one before", low=0.001, high=1
     )
     opt_kwargs: dict = option({}, "other arguments of the optimizer, as name=value")
-    clip_grad: float | None = option(None, "gradient clipping: norm, value, or AGC factor")
+    clip_grad: float | None = option(None, "gradient clipping: norm, value, or AGC factor", low=0)
     clip_mode: str = option("norm", "what --clip-grad limits", choices=("norm", "value", "agc"))
     grad_accum_steps: int = option(1, "batches whose gradients are summed before an update", metavar="N", low=1)
 
@@ -150,7 +150,7 @@ class RunConfig(Options):
     batch_size: int = option(64, "batch of one process", "-b", "--b", metavar="N", low=1)
     validation_batch_size_multiplier: int = option(1, "validation batch over training batch", "-vb", metavar="N", low=1)
     validation_batch_size: int | None = option(None, "validation batch of one process", metavar="N", low=1)
-    seed: int = option(42, "seed")
+    seed: int = option(42, "seed", low=0, high=2**31)
     log_interval: int = option(50, "batches between lines in the log", metavar="N", low=1)
     recovery_interval: int = option(0, "batches between recovery checkpoints, 0 for none", metavar="N", low=0)
     checkpoint_hist: int = option(10, "best checkpoints to keep", metavar="N", low=1)
@@ -227,7 +227,7 @@ class ValidateConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, Da
     log_freq: int = option(50, "batches between lines in the log", metavar="N", low=1)
     results_file: str = option("", "write the results to this file", metavar="FILE")
     results_format: str = option("", "its format (default: by its ending, else csv)", choices=("", "csv", "json"))
-    seed: int = option(42, "seed")
+    seed: int = option(42, "seed", low=0, high=2**31)
 
 
 # Published flags without a meaning today, with the placeholder of their value if they take one, and why.

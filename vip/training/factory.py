@@ -148,10 +148,10 @@ def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: i
     try:
         return create_optimizer_v2(groups, **kwargs)
     except (ValueError, AssertionError, RuntimeError, TypeError, ImportError, IndexError) as e:
-        known = nearest(config.opt, map(str, list_optimizers()))
-        raise UserError(
-            f"Cannot create the optimizer {config.opt}: {str(e).strip()}.{known} See --opt, --opt-betas, --opt-kwargs."
-        ) from e
+        known = [str(name) for name in list_optimizers()]
+        hint = "" if config.opt.lower() in known else nearest(config.opt, known)
+        reason = "--opt-betas has too few numbers" if isinstance(e, IndexError) else str(e).strip().rstrip(".")
+        raise UserError(f"Cannot create the optimizer {config.opt}: {reason}.{hint} See --opt and --opt-kwargs.") from e
 
 
 def _transfer_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from vip.training.engine import TrainState
 from vip.training.weights import find_checkpoint
 
 
-def run_folder(config: TrainConfig, image_size: tuple[int, ...]) -> Path:
+def run_folder(config: TrainConfig, arch: str, image_size: tuple[int, ...]) -> Path:
     """The folder of a run: that of `--experiment`, that of the run it resumes, or a new one."""
     root = Path(config.output or "output/train")
     if config.experiment:
@@ -26,7 +26,7 @@ def run_folder(config: TrainConfig, image_size: tuple[int, ...]) -> Path:
     if config.resume and (folder := Path(resume_path(config)).parent / "args.yaml").exists():
         return folder.parent
     size = "x".join(str(s) for s in dict.fromkeys(image_size))
-    return root / f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}"
+    return root / f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(arch)}-{size}"
 
 
 def resume_path(config: TrainConfig) -> str:

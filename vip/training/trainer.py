@@ -143,7 +143,7 @@ class Trainer:
         elif finetune:
             _logger.info(load_finetune(model, find_checkpoint(finetune)))
         params = sum(p.numel() for p in model.parameters())
-        self.arch = model.pretrained_cfg["architecture"]  # type: ignore[index]  # a dictionary
+        self.arch = str(model.pretrained_cfg["architecture"])  # type: ignore[index]  # a dictionary
         self.data_config = resolve_data_config(model, config)
         _logger.info(f"{config.model}: {params:,} parameters, input {tuple(self.data_config['input_size'])}")
 
@@ -235,7 +235,7 @@ class Trainer:
             yield None
             return
         config, state = self.config, self.state
-        folder = run_folder(config, self.data_config["input_size"][1:])
+        folder = run_folder(config, self.arch, self.data_config["input_size"][1:])
         args = dataclasses.asdict(config)
         recipe = {**args, "resume": "", "experiment": ""}  # for another run like this one
         kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 1
@@ -353,8 +353,10 @@ def _check(config: TrainConfig) -> None:
         raise UserError("--aug-splits does not go with mixup and CutMix: add --mixup 0 --cutmix 0.")
     if config.aug_splits == 1 or config.aug_splits < 0:
         raise UserError(f"--aug-splits is {config.aug_splits}, expected 0 or at least 2.")
-    if config.input_size and len(config.input_size) != 3:
-        raise UserError(f"--input-size takes channels, height and width, {len(config.input_size)} numbers came.")
+    for name in ("scale", "ratio"):
+        low, high = getattr(config, name)
+        if low > high:
+            raise UserError(f"--{name} is {low} to {high}, expected the smaller number first.")
     if config.transfer_learning and not (config.transfer_model or config.finetune):
         raise UserError("--transfer-learning needs the weights to start from: --transfer-model PATH.")
     starts = [n for n in ("initial_checkpoint", "finetune") if getattr(config, n)]

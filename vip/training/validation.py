@@ -141,6 +141,9 @@ def _complete(config: ValidateConfig, checkpoint: dict[str, Any], given: set[str
     """Fill in what was not given from the checkpoint's own `args`."""
     args = checkpoint.get("args", {})
     args = args if isinstance(args, dict) else vars(args)  # timm's are a namespace
+    for name, value in (checkpoint.get("data_config") or {}).items():  # what training resolved wins over any default
+        if name in _FROM_CHECKPOINT and name != "input_size" and not args.get(name):
+            args = {**args, name: list(value) if isinstance(value, tuple) else value}
     known = {k: args[k] for k in _FROM_CHECKPOINT if args.get(k) is not None and k not in given}
     if {"img_size", "input_size"} & given:
         known.pop("img_size", None), known.pop("input_size", None)

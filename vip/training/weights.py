@@ -5,6 +5,7 @@ import importlib
 import logging
 import pickle
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their args as one
+        # timm's checkpoints hold their args as a namespace; torch's warnings advise to allow more
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # bytes that are no checkpoint make the readers raise nearly anything
         code = sorted(set(re.findall(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+\w)", str(e))))
