@@ -52,18 +52,23 @@ def train(config: TrainConfig) -> None:
     runtime = setup_runtime(config.device, config.dist_backend, config.workers)
     setup_logging(runtime.is_primary)
     try:
-        trainer = Trainer(config, runtime)
-        if config.eval_checkpoint:
-            trainer.validate_checkpoint(config.eval_checkpoint)
-        else:
-            trainer.fit()
+        _run(config, runtime)
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"The device is out of memory at --batch-size {config.batch_size}: use a smaller one (with "
             f"--grad-accum-steps for the same update), --amp, or --grad-checkpointing. {str(e).splitlines()[0]}"
         ) from e
     if runtime.distributed:
+        dist.barrier()  # a process that leaves while another still saves can leave that one hanging in its clean-up
         dist.destroy_process_group()
+
+
+def _run(config: TrainConfig, runtime: Runtime) -> None:
+    trainer = Trainer(config, runtime)
+    if config.eval_checkpoint:
+        trainer.validate_checkpoint(config.eval_checkpoint)
+    else:
+        trainer.fit()
 
 
 class Trainer:
