@@ -131,6 +131,13 @@ def setup_precision(config: PrecisionConfig, device: torch.device) -> Precision:
     return Precision(autocast, NativeScaler(device=device.type), None, description)
 
 
+def leave_together(runtime: Runtime) -> None:
+    """End the process group; a process that leaves while another still works can leave that one hanging."""
+    if runtime.distributed:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def all_reduce_sum(value: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """Sum a tensor over all processes."""
     if runtime.distributed:

@@ -36,7 +36,7 @@ from vip.training.factory import (
     create_training_model,
     resolve_data_config,
 )
-from vip.training.runtime import Runtime, setup_precision, setup_runtime
+from vip.training.runtime import Runtime, leave_together, setup_precision, setup_runtime
 from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
 
@@ -58,9 +58,7 @@ def train(config: TrainConfig) -> None:
             f"The device is out of memory at --batch-size {config.batch_size}: use a smaller one (with "
             f"--grad-accum-steps for the same update), --amp, or --grad-checkpointing. {str(e).splitlines()[0]}"
         ) from e
-    if runtime.distributed:
-        dist.barrier()  # a process that leaves while another still saves can leave that one hanging in its clean-up
-        dist.destroy_process_group()
+    leave_together(runtime)
 
 
 def _run(config: TrainConfig, runtime: Runtime) -> None:

@@ -24,7 +24,7 @@ from vip.reporting.results import Metrics, format_result, format_table, result_r
 from vip.training.config import ValidateConfig
 from vip.training.engine import evaluate
 from vip.training.factory import check_compile_backend, create_model, resolve_data_config
-from vip.training.runtime import Precision, Runtime, setup_precision, setup_runtime
+from vip.training.runtime import Precision, Runtime, leave_together, setup_precision, setup_runtime
 from vip.training.weights import find_checkpoint, load_weights, read_checkpoint, recognise, state_dict_of
 
 _logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def validate_all(config: ValidateConfig, given: set[str]) -> int:
         print(f"--result\n{json.dumps(rows if len(rows) > 1 else rows[0], indent=4)}")
         if config.results_file:
             write_results(config.results_file, config.results_format, rows)
+    leave_together(runtime)
     return int(any("error" in row for row in rows))
 
 
