@@ -24,5 +24,10 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/.venv/bin/python" ]; then
     PYTHON=$here/.venv/bin/python # what make installed, where no other environment is active
 fi
+has_torch='import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("timm")))'
+if ! "${PYTHON:-python}" -c "$has_torch" 2>/dev/null; then
+    echo "$0: error: ${PYTHON:-python} has no torch and timm: make install, or set PYTHON to one that has" >&2
+    exit 2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, without its warning
 exec "${PYTHON:-python}" -m vip.cli.launch --nnodes="$nodes" --nproc-per-node="$processes" "${where[@]}" "$here/train.py" "$@"

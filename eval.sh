@@ -13,4 +13,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/.venv/bin/python" ]; then
     PYTHON=$here/.venv/bin/python # what make installed, where no other environment is active
 fi
+has_torch='import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("timm")))'
+if ! "${PYTHON:-python}" -c "$has_torch" 2>/dev/null; then
+    echo "$0: error: ${PYTHON:-python} has no torch and timm: make install, or set PYTHON to one that has" >&2
+    exit 2
+fi
 exec "${PYTHON:-python}" "$here/validate.py" "$data" --checkpoint "$checkpoint" "$@"

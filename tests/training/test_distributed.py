@@ -118,6 +118,17 @@ def test_launcher_says_how_it_is_used():
     assert missing.returncode != 0 and "NODE_RANK" in missing.stderr
 
 
+def test_python_without_torch_is_said_in_one_line(tmp_path: Path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    for script, arguments in (("distributed_train.sh", (1, "data")), ("eval.sh", ("data", "checkpoint"))):
+        for python in (bare, tmp_path / "missing"):
+            done = start("bash", ROOT / script, *arguments, PYTHON=str(python))
+            assert done.returncode == 2
+            assert done.stderr.count("\n") == 1 and "has no torch and timm" in done.stderr
+
+
 def test_two_nodes_meet_by_address(colours: Path, tmp_path: Path):
     """Two launchers on one machine stand for two nodes."""
     command = [str(ROOT / "distributed_train.sh"), "1", str(colours), *OPTIONS, "-b", "8", "--epochs", "1"]
