@@ -48,7 +48,9 @@ from timm.models._helpers import clean_state_dict
 from timm.models._input import update_model_input_size
 from torch import nn
 
-__all__ = ["LVViT", "mix_tokens"]
+from .layers import mix_tokens
+
+__all__ = ["LVViT"]
 
 _logger = logging.getLogger(__name__)
 
@@ -460,16 +462,6 @@ class LVViT(nn.Module):
         H, W = self.patch_embed.grid_size
         aux = self.aux_head(self.head_drop(x[:, 1:])).reshape(x.shape[0], H, W, -1)
         return self.head(self.head_drop(self._pool(x))), aux if mix is None else mix_tokens(aux, mix)
-
-
-def mix_tokens(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """Swap the tokens under a mask with those of the batch in reverse order.
-
-    Args:
-        x: Tokens `[B, H, W, C]`.
-        mix: Boolean mask `[H, W]`.
-    """
-    return torch.where(mix[None, :, :, None], x.flip(0), x)
 
 
 def _init_weights(module: nn.Module, name: str) -> None:

@@ -47,6 +47,8 @@ from timm.models._helpers import clean_state_dict
 from timm.models._input import update_model_input_size
 from torch import nn
 
+from .layers import mix_tokens
+
 __all__ = ["PermuteMlp", "VisionPermutator"]
 
 _logger = logging.getLogger(__name__)
@@ -246,6 +248,7 @@ class VisionPermutator(nn.Module):
         drop_rate: Dropout before the head.
         proj_drop_rate: Dropout in the Permute-MLP projections and the channel MLPs.
         drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this rate at the last.
+        aux_head: Make an auxiliary head over the tokens, for `forward_dense`; `forward` does not use it.
 
     Raises:
         ValueError: If the image size does not fit the patches and strides, or the segments do not divide the channels.
@@ -270,6 +273,7 @@ class VisionPermutator(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        aux_head: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -322,6 +326,7 @@ class VisionPermutator(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.aux_head = nn.Linear(self.num_features, num_classes, **dd) if aux_head and num_classes > 0 else None
         self.init_weights()
 
     @torch.jit.ignore
@@ -388,7 +393,7 @@ class VisionPermutator(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classification head, and the pooling if given."""
+        """Replace the heads, and the pooling if given."""
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         if global_pool is not None:
@@ -396,6 +401,8 @@ class VisionPermutator(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
+        if self.aux_head is not None:
+            self.aux_head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else None
 
     def forward_intermediates(
         self,
@@ -476,7 +483,9 @@ class VisionPermutator(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to normalized tokens `[B, H', W', num_features]`."""
-        x = self.patch_embed(x)
+        return self._forward_stages(self.patch_embed(x))
+
+    def _forward_stages(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self.network:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x) if isinstance(stage, nn.Sequential) else stage(x)
@@ -492,6 +501,27 @@ class VisionPermutator(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
+
+    def forward_dense(self, x: torch.Tensor, mix: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images to the outputs that token labeling supervises (arXiv 2104.10858).
+
+        Args:
+            x: Images `[B, C, H, W]`.
+            mix: Boolean mask `[H', W']` on the final token grid: MixToken swaps what is under it with the batch in
+                reverse order, after the patch embedding, and the outputs at these tokens back.
+
+        Returns:
+            Class logits `[B, num_classes]` and token logits `[B, H', W', num_classes]`.
+
+        Raises:
+            ValueError: If the model has no auxiliary head.
+        """
+        if self.aux_head is None:
+            raise ValueError("This model has no auxiliary head: create it with aux_head=True and num_classes > 0.")
+        x = self.patch_embed(x)
+        x = self._forward_stages(x if mix is None else mix_tokens(x, mix))
+        aux = self.aux_head(self.head_drop(x))
+        return self.forward_head(x), aux if mix is None else mix_tokens(aux, mix)
 
 
 def _init_weights(module: nn.Module, name: str) -> None:

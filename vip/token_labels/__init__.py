@@ -1,0 +1,1 @@
+"""Dense labels: files, geometry, targets, mixing, loss."""

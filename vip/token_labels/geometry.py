@@ -1,0 +1,206 @@
+"""Where the pixels of an augmented image come from, as matrices from (u, v, 1) to (x, y, 1).
+
+Places in an image are shares of its width and height: (0, 0) is the left top corner, (1, 1) the right bottom one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor, MaybeToTensor, RandomResizedCropAndInterpolation
+from torchvision import transforms
+
+from vip.errors import UserError
+
+Matrix = np.ndarray
+
+
+def crop_matrix(left: float, top: float, width: float, height: float) -> Matrix:
+    """The matrix of an image that shows this part of another."""
+    return np.array([[width, 0, left], [0, height, top], [0, 0, 1]], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of an image that the evaluation transform of timm shows.
+
+    Attributes:
+        img_size: Height and width of its output.
+        crop_pct: Share of the resized image that the crop keeps.
+        crop_mode: 'center' resizes the shorter side and crops, 'squash' ignores the aspect ratio, 'border' resizes the
+            longer side and pads.
+    """
+
+    img_size: tuple[int, int]
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    def matrix(self, width: int, height: int) -> Matrix:
+        """The matrix of the output over an image of this size."""
+        rows, columns = self.img_size
+        if self.crop_mode == "squash":
+            shares = self.crop_pct, self.crop_pct
+        else:  # pixels of the output for one of the image
+            pick = max if self.crop_mode == "center" else min
+            scale = pick(columns / width, rows / height) / self.crop_pct
+            shares = columns / (width * scale), rows / (height * scale)
+        return crop_matrix((1 - shares[0]) / 2, (1 - shares[1]) / 2, *shares)
+
+
+class TrackedTransform:
+    """A training transform of timm that also tells what part of the image its output shows.
+
+    Args:
+        transform: What `timm.data.create_transform(..., is_training=True)` gave.
+
+    Raises:
+        UserError: If it holds a step whose geometry is not known.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.steps = [_track(step) for step in transform.transforms]
+
+    def __call__(self, image: Image.Image) -> tuple[Any, list[Matrix]]:
+        """Transform an image; returns the result and the matrices `[3, 3]` of the steps, their product being its own."""
+        matrices = []
+        for step in self.steps:
+            image, moves = step(image)
+            matrices += moves
+        return image, matrices
+
+
+def compose(matrices: Sequence[Matrix]) -> Matrix:
+    """The matrix of steps taken one after the other."""
+    return reduce(np.matmul, matrices, np.eye(3))
+
+
+def shown_share(matrices: Sequence[Matrix], grid: tuple[int, int], points: int = 4) -> np.ndarray:
+    """The share of each token that shows the image, and not what rotations and shifts fill up with.
+
+    Args:
+        matrices: The steps that made the image, in order.
+        grid: Height and width of the token grid.
+        points: Places of a token along each axis that are looked at.
+    """
+    rows, columns = (np.arange(size * points, dtype=np.float64) + 0.5 for size in grid)
+    v, u = np.meshgrid(rows / len(rows), columns / len(columns), indexing="ij")
+    place = np.stack((u.ravel(), v.ravel(), np.ones(u.size)))
+    shown = np.ones(u.size, dtype=bool)
+    for matrix in reversed(matrices):
+        place = matrix @ place
+        shown &= (np.abs(place[:2] - 0.5) <= 0.5).all(0)
+    return shown.reshape(grid[0], points, grid[1], points).mean((1, 3))
+
+
+_KEEP_PLACES = (
+    transforms.ColorJitter,
+    transforms.Grayscale,
+    transforms.Lambda,
+    transforms.Normalize,
+    transforms.RandomApply,  # of a color jitter or a blur
+    transforms.RandomGrayscale,
+    MaybePILToTensor,
+    MaybeToTensor,
+    RandomErasing,  # an erased place keeps its label: its surroundings tell what is there
+    transforms.Resize,  # of --no-aug, to height and width, so that the crop after it keeps everything
+    transforms.CenterCrop,
+)
+
+
+def _track(step: Any) -> Callable[[Any], tuple[Any, list[Matrix]]]:
+    if isinstance(step, _KEEP_PLACES):
+        return partial(_keep, step)
+    if isinstance(step, RandomResizedCropAndInterpolation):
+        return _Crop(step)
+    if isinstance(step, transforms.RandomHorizontalFlip):
+        return partial(_flip, step, crop_matrix(1, 0, -1, 1))
+    if isinstance(step, transforms.RandomVerticalFlip):
+        return partial(_flip, step, crop_matrix(0, 1, 1, -1))
+    if isinstance(step, RandAugment | AutoAugment):
+        return _Augment(step)
+    raise UserError(
+        f"Token labels cannot follow {type(step).__name__}: leave out --train-crop-mode and --aa augmix."
+    )
+
+
+def _keep(step: Any, image: Any) -> tuple[Any, list[Matrix]]:
+    return step(image), []
+
+
+def _flip(step: Any, matrix: Matrix, image: Any) -> tuple[Any, list[Matrix]]:
+    flipped = step(image)
+    return flipped, [] if flipped is image else [matrix]
+
+
+class _Crop:
+    """Runs timm's random crop and keeps what it drew."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self.crop, self.draw = crop, crop.get_params
+        crop.get_params = self._get_params  # type: ignore[method-assign]  # an attribute of this one crop
+
+    def _get_params(self, *args: Any) -> tuple[int, int, int, int]:
+        self.drawn = self.draw(*args)
+        return self.drawn
+
+    def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Matrix]]:
+        cropped = self.crop(image)
+        top, left, height, width = self.drawn
+        return cropped, [
+            crop_matrix(left / image.width, top / image.height, width / image.width, height / image.height)
+        ]
+
+
+def _shear(x: float = 0.0, y: float = 0.0) -> Matrix:
+    return np.array([[1, x, 0], [y, 1, 0], [0, 0, 1]], dtype=np.float64)
+
+
+def _shift(x: float = 0.0, y: float = 0.0) -> Matrix:
+    return crop_matrix(x, y, 1, 1)
+
+
+def _rotation(image: Image.Image, degrees: float) -> Matrix:
+    """Counterclockwise, about the middle, as Pillow rotates."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    x, y = image.width / 2, image.height / 2
+    return _shift(x, y) @ turn @ _shift(-x, -y)
+
+
+# The operations of timm's policies that move pixels: from their argument to the matrix over pixels.
+_MOVES: dict[str, Callable[[Image.Image, float], Matrix]] = {
+    "Rotate": _rotation,
+    "ShearX": lambda image, factor: _shear(x=factor),
+    "ShearY": lambda image, factor: _shear(y=factor),
+    "TranslateX": lambda image, pixels: _shift(x=pixels),
+    "TranslateY": lambda image, pixels: _shift(y=pixels),
+    "TranslateXRel": lambda image, share: _shift(x=share * image.width),
+    "TranslateYRel": lambda image, share: _shift(y=share * image.height),
+}
+
+
+class _Augment:
+    """Runs a policy of timm and collects the matrices of what it did."""
+
+    def __init__(self, policy: RandAugment | AutoAugment) -> None:
+        self.policy = policy
+        self.matrices: list[Matrix] = []
+        ops: list[AugmentOp] = policy.ops if isinstance(policy, RandAugment) else sum(policy.policy, [])
+        for op in ops:
+            if op.name in _MOVES:
+                op.aug_fn = partial(self._move, op.name, op.aug_fn)
+
+    def _move(self, name: str, function: Callable, image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
+        pixels = crop_matrix(0, 0, image.width, image.height)
+        self.matrices.append(np.linalg.inv(pixels) @ _MOVES[name](image, amount) @ pixels)
+        return function(image, amount, **kwargs)
+
+    def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Matrix]]:
+        self.matrices = []
+        return self.policy(image), self.matrices
