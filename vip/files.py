@@ -1,9 +1,16 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files that cannot do harm."""
 
+import argparse
 import os
+import pickle
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -22,3 +29,37 @@ def replacing(path: str | Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+class UnreadableFile(Exception):
+    """A file that cannot be read; the message is the reason.
+
+    Attributes:
+        code: What reading it would run, empty where it is only damaged.
+    """
+
+    def __init__(self, reason: str, code: list[str]) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def load_without_code(path: str | Path) -> Any:
+    """Read what `torch.save` wrote, onto the CPU, without running code that the file may hold.
+
+    Raises:
+        UnreadableFile: If it is damaged, or would run code.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        # timm's checkpoints hold their args as a namespace; torch's warnings advise to allow more
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # bytes that torch has not written make its readers raise nearly anything
+        code = sorted(set(re.findall(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+\w)", str(e))))
+        if isinstance(e, pickle.UnpicklingError) and code:
+            raise UnreadableFile(f"loading it would run code ({', '.join(code)})", code) from e
+        # torch's own text would advise to allow code
+        raise UnreadableFile("it is empty" if Path(path).stat().st_size == 0 else type(e).__name__, []) from e

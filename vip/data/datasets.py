@@ -85,10 +85,12 @@ class ReadableImageDataset(ImageDataset):
                 if self.is_training:
                     continue
                 return None
-            if self.transform is not None:
-                image = self.transform(image)
-            return image, target if self.target_transform is None else self.target_transform(target)
+            return self.make_sample(sample, image, target if self.target_transform is None else self.target_transform(target))
         raise AssertionError("unreachable: _skip raises when every image is unreadable")
+
+    def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, Any]:
+        """Make the sample of a decoded image."""
+        return image if self.transform is None else self.transform(image), target
 
 
 def split_folder(root: str, split: str) -> str:

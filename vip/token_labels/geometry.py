@@ -4,10 +4,10 @@ Places in an image are shares of its width and height: (0, 0) is the left top co
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,18 @@ from torchvision import transforms
 from vip.errors import UserError
 
 Matrix = np.ndarray
+
+
+class Move(NamedTuple):
+    """A step of a transform that moved pixels.
+
+    Attributes:
+        kind: 'crop', 'flip' or 'augment'.
+        matrix: Where its output is in its input, `[3, 3]`.
+    """
+
+    kind: str
+    matrix: Matrix
 
 
 def crop_matrix(left: float, top: float, width: float, height: float) -> Matrix:
@@ -66,25 +78,37 @@ class TrackedTransform:
     def __init__(self, transform: Any) -> None:
         self.steps = [_track(step) for step in transform.transforms]
 
-    def __call__(self, image: Image.Image) -> tuple[Any, list[Matrix]]:
-        """Transform an image; returns the result and the matrices `[3, 3]` of the steps, their product being its own."""
-        matrices = []
+    def __call__(self, image: Image.Image) -> tuple[Any, list[Move]]:
+        """Transform an image; returns the result and, in order, what moved its pixels."""
+        moves = []
         for step in self.steps:
-            image, moves = step(image)
-            matrices += moves
-        return image, matrices
+            image, made = step(image)
+            moves += made
+        return image, moves
 
 
-def compose(matrices: Sequence[Matrix]) -> Matrix:
-    """The matrix of steps taken one after the other."""
-    return reduce(np.matmul, matrices, np.eye(3))
+def compose(moves: Iterable[Move]) -> Matrix:
+    """The matrix of moves made one after the other."""
+    return reduce(np.matmul, (move.matrix for move in moves), np.eye(3))
 
 
-def shown_share(matrices: Sequence[Matrix], grid: tuple[int, int], points: int = 4) -> np.ndarray:
+def published_box(moves: Sequence[Move]) -> Matrix:
+    """What the published code takes for the image's place: the crop with its axes exchanged, no rotation or shift."""
+    matrix = np.eye(3)
+    for kind, step in moves:
+        if kind == "crop":
+            (width, _, left), (_, height, top), _ = step
+            matrix = matrix @ crop_matrix(top, left, height, width)
+        elif kind == "flip":
+            matrix = matrix @ step
+    return matrix
+
+
+def shown_share(moves: Sequence[Move], grid: tuple[int, int], points: int = 4) -> np.ndarray:
     """The share of each token that shows the image, and not what rotations and shifts fill up with.
 
     Args:
-        matrices: The steps that made the image, in order.
+        moves: What was done to the image, in order.
         grid: Height and width of the token grid.
         points: Places of a token along each axis that are looked at.
     """
@@ -92,8 +116,8 @@ def shown_share(matrices: Sequence[Matrix], grid: tuple[int, int], points: int =
     v, u = np.meshgrid(rows / len(rows), columns / len(columns), indexing="ij")
     place = np.stack((u.ravel(), v.ravel(), np.ones(u.size)))
     shown = np.ones(u.size, dtype=bool)
-    for matrix in reversed(matrices):
-        place = matrix @ place
+    for move in reversed(moves):
+        place = move.matrix @ place
         shown &= (np.abs(place[:2] - 0.5) <= 0.5).all(0)
     return shown.reshape(grid[0], points, grid[1], points).mean((1, 3))
 
@@ -113,7 +137,7 @@ _KEEP_PLACES = (
 )
 
 
-def _track(step: Any) -> Callable[[Any], tuple[Any, list[Matrix]]]:
+def _track(step: Any) -> Callable[[Any], tuple[Any, list[Move]]]:
     if isinstance(step, _KEEP_PLACES):
         return partial(_keep, step)
     if isinstance(step, RandomResizedCropAndInterpolation):
@@ -129,13 +153,13 @@ def _track(step: Any) -> Callable[[Any], tuple[Any, list[Matrix]]]:
     )
 
 
-def _keep(step: Any, image: Any) -> tuple[Any, list[Matrix]]:
+def _keep(step: Any, image: Any) -> tuple[Any, list[Move]]:
     return step(image), []
 
 
-def _flip(step: Any, matrix: Matrix, image: Any) -> tuple[Any, list[Matrix]]:
+def _flip(step: Any, matrix: Matrix, image: Any) -> tuple[Any, list[Move]]:
     flipped = step(image)
-    return flipped, [] if flipped is image else [matrix]
+    return flipped, [] if flipped is image else [Move("flip", matrix)]
 
 
 class _Crop:
@@ -149,12 +173,11 @@ class _Crop:
         self.drawn = self.draw(*args)
         return self.drawn
 
-    def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Matrix]]:
+    def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Move]]:
         cropped = self.crop(image)
         top, left, height, width = self.drawn
-        return cropped, [
-            crop_matrix(left / image.width, top / image.height, width / image.width, height / image.height)
-        ]
+        matrix = crop_matrix(left / image.width, top / image.height, width / image.width, height / image.height)
+        return cropped, [Move("crop", matrix)]
 
 
 def _shear(x: float = 0.0, y: float = 0.0) -> Matrix:
@@ -186,11 +209,11 @@ _MOVES: dict[str, Callable[[Image.Image, float], Matrix]] = {
 
 
 class _Augment:
-    """Runs a policy of timm and collects the matrices of what it did."""
+    """Runs a policy of timm and collects where it moved the pixels."""
 
     def __init__(self, policy: RandAugment | AutoAugment) -> None:
         self.policy = policy
-        self.matrices: list[Matrix] = []
+        self.moves: list[Move] = []
         ops: list[AugmentOp] = policy.ops if isinstance(policy, RandAugment) else sum(policy.policy, [])
         for op in ops:
             if op.name in _MOVES:
@@ -198,9 +221,10 @@ class _Augment:
 
     def _move(self, name: str, function: Callable, image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
         pixels = crop_matrix(0, 0, image.width, image.height)
-        self.matrices.append(np.linalg.inv(pixels) @ _MOVES[name](image, amount) @ pixels)
+        self.moves.append(Move("augment", np.linalg.inv(pixels) @ _MOVES[name](image, amount) @ pixels))
         return function(image, amount, **kwargs)
 
-    def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Matrix]]:
-        self.matrices = []
-        return self.policy(image), self.matrices
+    def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Move]]:
+        self.moves = []
+        image = self.policy(image)
+        return image, self.moves

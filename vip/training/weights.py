@@ -1,22 +1,21 @@
 """Weights: reading checkpoint files safely, recognising what they hold, and loading them with clear errors."""
 
-import argparse
 import importlib
 import logging
-import pickle
-import re
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
 from vip.errors import UserError
+from vip.files import UnreadableFile, load_without_code
 from vip.options import nearest
 
 _logger = logging.getLogger(__name__)
@@ -56,27 +55,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # timm's checkpoints hold their args as a namespace; torch's warnings advise to allow more
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # bytes that are no checkpoint make the readers raise nearly anything
-        code = sorted(set(re.findall(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+\w)", str(e))))
-        if isinstance(e, pickle.UnpicklingError) and code:
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else load_without_code(path)
+    except UnreadableFile as e:
+        if e.code:
             raise UserError(
-                f"{path} is refused: loading it would run code ({', '.join(code)}). Save its weights alone, with "
-                "torch.save(model.state_dict(), ...), where you trust it."
+                f"{path} is refused: {e}. Save its weights alone, with torch.save(model.state_dict(), ...), where you "
+                "trust it."
             ) from e
-        # torch's own text would advise to allow code
-        what = "it is empty" if path.stat().st_size == 0 else type(e).__name__
-        raise UserError(f"{path} is no checkpoint or is damaged ({what}); take another one of the run.") from e
+        raise UserError(f"{path} is no checkpoint or is damaged ({e}); take another one of the run.") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a dictionary of weights.")
     return content
+
+
+def _load_safetensors(path: Path) -> StateDict:
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise UnreadableFile(type(e).__name__, []) from e
 
 
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | Path = "checkpoint") -> StateDict:

@@ -1,0 +1,163 @@
+"""Label maps on disk: the published layout, a file an image, and a packed one.
+
+The published layout is `<root>/<class folder>/<file stem up to the first dot>.pt`, each file a bare float16 tensor
+`[2, k, H, W]`: the k strongest logits of each cell, and their class indices, which float16 holds exactly up to 2048.
+The packed one (see `vip.token_labels.packing`) holds the same in a few large files, with integer indices.
+`label_maps.json` beside either says what part of the images the maps cover; the published set has none.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from vip.errors import UserError
+from vip.files import UnreadableFile, load_without_code, replacing
+from vip.token_labels.geometry import Region
+
+RECORD = "label_maps.json"
+EXACT_CLASSES = 2048  # float16 holds every class index below exactly
+
+
+class LabelMap(NamedTuple):
+    """The strongest classes of each cell of a map."""
+
+    values: torch.Tensor  # logits [k, H, W], float16
+    indices: torch.Tensor  # classes [k, H, W], int32
+
+
+class DamagedMap(Exception):
+    """A label map that cannot be read; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class MapRecord:
+    """What a set of label maps says of itself.
+
+    Attributes:
+        region: The part of an image that its map covers.
+        num_classes: Classes of the annotator, None if unknown.
+        classes: Their names in order, None if unknown.
+        model: The annotator.
+    """
+
+    region: Region
+    num_classes: int | None = None
+    classes: list[str] | None = None
+    model: str = ""
+
+    def write(self, root: Path) -> None:
+        """Write `label_maps.json` into a folder of maps."""
+        content = {"region": asdict(self.region), **{k: v for k, v in vars(self).items() if k != "region"}}
+        root.mkdir(parents=True, exist_ok=True)
+        with replacing(root / RECORD) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(root: Path) -> "MapRecord | None":
+        """Read the record of a folder of maps, None if it has none.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        try:
+            content = json.loads((root / RECORD).read_text(encoding="utf-8"))
+            region = content.pop("region")
+            return MapRecord(Region(tuple(region.pop("img_size")), **region), **content)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{root / RECORD} is damaged ({type(e).__name__}: {e}); generate the maps again.") from e
+
+
+class LabelMaps(Protocol):
+    """A set of label maps; the key of a map is `<class folder>/<file stem up to the first dot>`."""
+
+    root: Path
+    record: MapRecord | None
+
+    def read(self, key: str) -> LabelMap | None:
+        """Read a map, None if there is none.
+
+        Raises:
+            DamagedMap: If it cannot be read.
+            UserError: If it is no label map, or reading it would run code.
+        """
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all maps."""
+
+    def classes(self) -> set[str]:
+        """The class folders that there are maps for."""
+
+
+class FolderMaps:
+    """Label maps in the published layout."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.record = root, MapRecord.read(root)
+
+    def read(self, key: str) -> LabelMap | None:
+        """See `LabelMaps`."""
+        path = self.root / f"{key}.pt"
+        try:
+            content = load_without_code(path)
+        except FileNotFoundError:
+            return None
+        except UnreadableFile as e:
+            if e.code:
+                raise UserError(f"The label map {path} is refused: {e}. Generate it again from a source you trust.") from e
+            raise DamagedMap(str(e)) from e
+        return _split(content, path)
+
+    def keys(self) -> Iterator[str]:
+        """See `LabelMaps`."""
+        for folder in sorted(self.classes()):
+            for name in sorted(os.listdir(self.root / folder)):
+                if name.endswith(".pt") and not name.startswith("."):
+                    yield f"{folder}/{name.removesuffix('.pt')}"
+
+    def classes(self) -> set[str]:
+        """See `LabelMaps`."""
+        return {e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")}
+
+
+def _split(content: Any, path: Path) -> LabelMap:
+    """Check a tensor in the published layout."""
+    found = type(content).__name__
+    if isinstance(content, torch.Tensor):
+        found = f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)}"
+        if content.dtype is torch.float16 and content.ndim == 4 and len(content) == 2 and content.numel():
+            values, indices = content
+            if not values.isfinite().all():
+                raise UserError(f"The label map {path} holds logits that are not finite; generate it again.")
+            if not (indices.isfinite() & (indices >= 0) & (indices == indices.floor())).all():
+                raise UserError(f"The label map {path} holds class indices that are no whole numbers; generate it again.")
+            return LabelMap(values, indices.int())
+    raise UserError(f"{path} holds {found}, expected a label map: float16 [2, k, H, W].")
+
+
+def write_map(path: Path, label_map: LabelMap) -> None:
+    """Write a map in the published layout, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    assert int(label_map.indices.max()) <= EXACT_CLASSES, "float16 cannot hold these indices"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        torch.save(torch.stack((label_map.values.half(), label_map.indices.half())), unfinished)
+
+
+def map_key(filename: str) -> str:
+    """The key of the map of an image.
+
+    Args:
+        filename: Path of the image, which ends in `<class folder>/<file>`.
+    """
+    path = Path(filename)
+    return f"{path.parent.name}/{path.name.partition('.')[0]}"

@@ -1,0 +1,169 @@
+"""Sets of label maps, whatever their layout: open, convert, check, compare."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vip.errors import UserError
+from vip.token_labels.maps import DamagedMap, FolderMaps, LabelMap, LabelMaps, write_map
+from vip.token_labels.packing import SHARD_MAPS, PackedMaps, shard_path, shards_in, write_shard
+
+Progress = Callable[[list[str]], Iterable[str]]
+
+
+def open_label_maps(root: str | Path) -> LabelMaps:
+    """Open a set of label maps of either layout.
+
+    Raises:
+        UserError: If there is none.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(
+            f"There are no label maps at {root}: give the folder that holds a folder of maps for each class, or packed "
+            "maps; `vip generate-label` makes them."
+        )
+    maps: LabelMaps = PackedMaps(root) if shards_in(root) else FolderMaps(root)
+    if not maps.classes():
+        raise UserError(f"{root} holds no label maps: neither class folders with .pt files nor packed maps.")
+    return maps
+
+
+def pack(source: str | Path, target: str | Path, progress: Progress = iter) -> int:
+    """Pack label maps.
+
+    Args:
+        source: Maps of either layout.
+        target: A folder that is yet to be, or empty.
+        progress: Wraps the list of keys, to show how far it is.
+
+    Returns:
+        Number of maps.
+
+    Raises:
+        UserError: If a map is damaged, or the target holds something.
+    """
+    maps, target = open_label_maps(source), _empty_folder(target)
+    keys = list(maps.keys())
+    chunk: list[tuple[str, LabelMap]] = []
+    number = 0
+    for key, label_map in _read_all(maps, progress(keys)):
+        chunk.append((key, label_map))
+        if len(chunk) == SHARD_MAPS:
+            write_shard(shard_path(target, number), chunk)
+            chunk, number = [], number + 1
+    if chunk:
+        write_shard(shard_path(target, number), chunk)
+    if maps.record is not None:
+        maps.record.write(target)
+    return len(keys)
+
+
+def unpack(source: str | Path, target: str | Path, progress: Progress = iter) -> int:
+    """Write label maps in the published layout; arguments, result and errors as of `pack`."""
+    maps, target = open_label_maps(source), _empty_folder(target)
+    keys = list(maps.keys())
+    for key, label_map in _read_all(maps, progress(keys)):
+        write_map(target / f"{key}.pt", label_map)
+    if maps.record is not None:
+        maps.record.write(target)
+    return len(keys)
+
+
+def _read_all(maps: LabelMaps, keys: Iterable[str]) -> Iterator[tuple[str, LabelMap]]:
+    for key in keys:
+        try:
+            label_map = maps.read(key)
+        except DamagedMap as e:
+            raise UserError(f"The label map {maps.root / key} is damaged ({e}); generate it again.") from e
+        assert label_map is not None
+        yield key, label_map
+
+
+def _empty_folder(path: str | Path) -> Path:
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} holds something already; name a folder that is yet to be.")
+    return path
+
+
+@dataclass
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+        maps: Number of maps that are whole.
+        layout: 'published' or 'packed'.
+        shapes: Their shapes, one if all is well.
+        highest_class: The highest class index.
+        bytes: Size of all files.
+        damaged: Keys of maps that cannot be read, with the reason.
+        missing: Keys of images without a map.
+        unused: Keys of maps without an image.
+        different: Keys of maps that differ from the other set's.
+    """
+
+    maps: int = 0
+    layout: str = ""
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    highest_class: int = -1
+    bytes: int = 0
+    damaged: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether the maps can be trained with as they are."""
+        return self.maps > 0 and len(self.shapes) == 1 and not (self.damaged or self.missing or self.different)
+
+
+def check(
+    root: str | Path,
+    images: Iterable[str] | None = None,
+    other: str | Path | None = None,
+    progress: Progress = iter,
+) -> CheckReport:
+    """Read every map of a set.
+
+    Args:
+        root: The maps.
+        images: Keys of the images that need one.
+        other: Another set that ought to hold the same maps.
+        progress: Wraps the list of keys, to show how far it is.
+
+    Raises:
+        UserError: If there are no maps, or one is no label map at all.
+    """
+    maps, others = open_label_maps(root), None if other is None else open_label_maps(other)
+    report = CheckReport(layout="packed" if isinstance(maps, PackedMaps) else "published")
+    report.bytes = sum(file.stat().st_size for file in Path(root).rglob("*") if file.is_file())
+    keys = list(maps.keys())
+    for key in progress(keys):
+        try:
+            label_map = maps.read(key)
+            assert label_map is not None
+        except DamagedMap as e:
+            report.damaged.append(f"{key}: {e}")
+            continue
+        report.maps += 1
+        report.shapes.add(tuple(label_map.values.shape))
+        report.highest_class = max(report.highest_class, int(label_map.indices.max()))
+        if others is not None and not _same(label_map, others, key):
+            report.different.append(key)
+    if others is not None:
+        report.different += sorted(set(others.keys()) - set(keys))
+    if images is not None:
+        wanted = set(images)
+        report.missing, report.unused = sorted(wanted - set(keys)), sorted(set(keys) - wanted)
+    return report
+
+
+def _same(label_map: LabelMap, others: LabelMaps, key: str) -> bool:
+    try:
+        other = others.read(key)
+    except DamagedMap:
+        return False
+    return other is not None and all(a.equal(b) for a, b in zip(label_map, other, strict=True))
