@@ -20,7 +20,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import vip
-from vip.models.lv_vit import Block, LVViT, checkpoint_filter_fn, mix_tokens
+from vip.models.layers import mix_tokens
+from vip.models.lv_vit import Block, LVViT, checkpoint_filter_fn
 from vip.training.weights import load_finetune, recognise
 
 PUBLISHED = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}

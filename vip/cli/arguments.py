@@ -188,4 +188,5 @@ def parse(
             if alternatives & given.keys():
                 read = {name: value for name, value in read.items() if name not in alternatives}
         given = {**read, **given}
-    return config_class(**given), set(given)
+    defaults: dict[str, Any] = getattr(config_class, "defaults_of", lambda given: {})(given)
+    return config_class(**{**defaults, **given}), set(given)

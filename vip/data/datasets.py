@@ -85,7 +85,9 @@ class ReadableImageDataset(ImageDataset):
                 if self.is_training:
                     continue
                 return None
-            return self.make_sample(sample, image, target if self.target_transform is None else self.target_transform(target))
+            if self.target_transform is not None:
+                target = self.target_transform(target)
+            return self.make_sample(sample, image, target)
         raise AssertionError("unreachable: _skip raises when every image is unreadable")
 
     def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, Any]:

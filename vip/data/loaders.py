@@ -4,7 +4,8 @@ timm's `create_loader` picks the sampler itself; here the order of training imag
 processes (so two processes at batch 16 see what one sees at 32), and evaluation visits every image exactly once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torchvision.datasets import VisionDataset
 from vip.data.augmentation import create_train_transform, erasing_splits
 from vip.data.config import AugmentationConfig, LoaderConfig
 from vip.errors import UserError
+
+Collate = Callable[[list[Any]], Any]
 
 
 class CollateReadable:
@@ -70,6 +73,7 @@ def create_train_loader(
     rank: int = 0,
     world_size: int = 1,
     seed: int = 42,
+    collate_samples: Callable[[Collate, list[Any]], Any] | None = None,
 ) -> DataLoader | PrefetchLoader:
     """Create the loader of training batches.
 
@@ -83,6 +87,8 @@ def create_train_loader(
         rank: Index of this process.
         world_size: Number of processes.
         seed: Seed of the order and the augmentation.
+        collate_samples: Collates samples that are more than an image and its class, with the help of a function that
+            collates such pairs.
 
     Raises:
         UserError: If the data set has fewer images than one batch of all processes.
@@ -94,13 +100,13 @@ def create_train_loader(
             )
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
-    collate: Any = mixup or fast_collate
+    collate: Any = default_collate if config.no_prefetcher else mixup or fast_collate
     loader = DataLoader(
         dataset,
         batch_size,
         sampler=_train_sampler(dataset, config, batch_size, rank, world_size, seed),
         drop_last=True,
-        collate_fn=default_collate if config.no_prefetcher else collate,
+        collate_fn=partial(collate_samples, collate) if collate_samples else collate,
         generator=torch.Generator().manual_seed(seed + rank),  # seeds the augmentation in the workers
         **_worker_options(config),
     )

@@ -9,8 +9,10 @@ import torch
 
 from vip.data.datasets import ReadableImageDataset
 from vip.errors import UserError
+from vip.token_labels.config import TokenLabelConfig
 from vip.token_labels.geometry import Region, TrackedTransform, compose, published_box, shown_share
 from vip.token_labels.maps import DamagedMap, LabelMap, LabelMaps, map_key
+from vip.token_labels.store import open_label_maps
 from vip.token_labels.targets import NOWHERE, Grid, TokenLabels
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +98,8 @@ class TokenLabelDataset(ReadableImageDataset):
         highest = int(label_map.indices.max())
         if highest >= self.num_classes:
             raise UserError(
-                f"The label map {self.maps.root / key} names class {highest}, the training has {self.num_classes} classes."
+                f"The label map {self.maps.root / key} names class {highest}, the training has {self.num_classes} "
+                "classes; generate the maps with an annotator of the same classes."
             )
         return label_map
 
@@ -123,7 +126,9 @@ class TokenLabelDataset(ReadableImageDataset):
                 f"{list(self.map_shape)}; generate all of them at one --img-size."
             )
         else:
-            place = published_box(moves) if self.published else np.linalg.inv(self.region.matrix(*size)) @ compose(moves)
+            place = (
+                published_box(moves) if self.published else np.linalg.inv(self.region.matrix(*size)) @ compose(moves)
+            )
             box = torch.from_numpy(place[:2]).float()
         shown = np.ones(self.grid) if self.published else shown_share(moves, self.grid)
         return image, TokenLabels(
@@ -137,6 +142,22 @@ class TokenLabelDataset(ReadableImageDataset):
     def files_without_map(self) -> list[str]:
         """File names of the images seen so far whose class stood in for a map."""
         return [str(self.filename(i)) for i in self.without_map.nonzero().flatten().tolist()]
+
+
+def open_token_labels(images: Any, config: TokenLabelConfig, num_classes: int, grid: Grid) -> TokenLabelDataset:
+    """Put the label maps of `--token-label-data` beside training images.
+
+    Raises:
+        UserError: If the data set has no files, or the maps are missing or not for them.
+    """
+    if not isinstance(images, ReadableImageDataset):
+        raise UserError("--token-label-data goes by the names of image files: it needs an image folder or a tar file.")
+    maps = open_label_maps(config.token_label_data)
+    published = config.token_label_crop == "published"
+    dataset = TokenLabelDataset(images, maps, num_classes, grid, config.token_label_region, published)
+    k, height, width = dataset.map_shape
+    _logger.info(f"Label maps of {height}x{width} cells, {k} classes each, for {grid[0]}x{grid[1]} tokens: {maps.root}")
+    return dataset
 
 
 def collate_token_labels(

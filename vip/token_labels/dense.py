@@ -82,8 +82,8 @@ def find_tokens(model: Any, input_size: tuple[int, ...]) -> TokenLayout:
             return TokenLayout("NLC", grid, channels, prefix)
     raise UserError(
         f"{name} has no tokens to label: its features are {list(shape) or type(features).__name__} at "
-        f"{input_size[-2]}x{input_size[-1]} pixels, expected [1, C, H, W], [1, H, W, C] or tokens [1, N, C] on a grid of "
-        f"the image's proportions, with C = {channels}."
+        f"{input_size[-2]}x{input_size[-1]} pixels, expected [1, C, H, W], [1, H, W, C] or [1, N, C] with N on a "
+        f"grid of the image's proportions and C = {channels}."
     )
 
 
@@ -103,8 +103,8 @@ def _find_grid(tokens: int, size: tuple[int, ...]) -> Grid | None:
 class DenseClassifier(nn.Module):
     """A model whose forward pass gives what token labels supervise.
 
-    A model with `forward_dense` is asked for it. Any other gets `aux_head`, a linear layer over its tokens, and MixToken
-    swaps the pixels under the tokens.
+    A model with `forward_dense` is asked for it. In any other `aux_head` reads the tokens, and MixToken swaps the
+    pixels under them.
 
     Args:
         model: A timm model; it gets an `aux_head` if it has none.

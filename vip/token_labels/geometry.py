@@ -148,9 +148,7 @@ def _track(step: Any) -> Callable[[Any], tuple[Any, list[Move]]]:
         return partial(_flip, step, crop_matrix(0, 1, 1, -1))
     if isinstance(step, RandAugment | AutoAugment):
         return _Augment(step)
-    raise UserError(
-        f"Token labels cannot follow {type(step).__name__}: leave out --train-crop-mode and --aa augmix."
-    )
+    raise UserError(f"Token labels cannot follow {type(step).__name__}: leave out --train-crop-mode and --aa augmix.")
 
 
 def _keep(step: Any, image: Any) -> tuple[Any, list[Move]]:
@@ -217,7 +215,8 @@ class _Augment:
         ops: list[AugmentOp] = policy.ops if isinstance(policy, RandAugment) else sum(policy.policy, [])
         for op in ops:
             if op.name in _MOVES:
-                op.aug_fn = partial(self._move, op.name, op.aug_fn)
+                function: Any = op.aug_fn
+                op.aug_fn = partial(self._move, op.name, function)  # type: ignore[assignment]
 
     def _move(self, name: str, function: Callable, image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
         pixels = crop_matrix(0, 0, image.width, image.height)

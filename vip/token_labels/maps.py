@@ -110,7 +110,9 @@ class FolderMaps:
             return None
         except UnreadableFile as e:
             if e.code:
-                raise UserError(f"The label map {path} is refused: {e}. Generate it again from a source you trust.") from e
+                raise UserError(
+                    f"The label map {path} is refused: {e}. Generate it again from a source you trust."
+                ) from e
             raise DamagedMap(str(e)) from e
         return _split(content, path)
 
@@ -136,7 +138,9 @@ def _split(content: Any, path: Path) -> LabelMap:
             if not values.isfinite().all():
                 raise UserError(f"The label map {path} holds logits that are not finite; generate it again.")
             if not (indices.isfinite() & (indices >= 0) & (indices == indices.floor())).all():
-                raise UserError(f"The label map {path} holds class indices that are no whole numbers; generate it again.")
+                raise UserError(
+                    f"The label map {path} holds class indices that are no whole numbers; generate it again."
+                )
             return LabelMap(values, indices.int())
     raise UserError(f"{path} holds {found}, expected a label map: float16 [2, k, H, W].")
 

@@ -25,9 +25,7 @@ class DenseMixup:
     def __init__(self, mixup: Mixup, grid: Grid, published: bool = False) -> None:
         self.mixup, self.grid, self.published = mixup, grid, published
 
-    def __call__(
-        self, images: torch.Tensor, labels: TokenLabels | torch.Tensor
-    ) -> tuple[torch.Tensor, TokenLabels]:
+    def __call__(self, images: torch.Tensor, labels: TokenLabels | torch.Tensor) -> tuple[torch.Tensor, TokenLabels]:
         """Mix images in place.
 
         Args:

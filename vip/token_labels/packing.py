@@ -81,7 +81,7 @@ def write_shard(path: Path, maps: Sequence[tuple[str, LabelMap]]) -> None:
             raise UserError(f"The label map {key} is {list(label_map.values.shape)}, the ones before it {list(shape)}.")
     packed = [encode(label_map) for _, label_map in maps]
     keys = np.array([key.encode() for key, _ in maps])
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "keys": np.frombuffer(keys.tobytes(), np.uint8).reshape(len(keys), -1),
         "offsets": np.cumsum([0, *map(len, packed)], dtype=np.int64),
         "data": np.frombuffer(b"".join(packed), np.uint8),
@@ -98,11 +98,14 @@ class PackedMaps:
         self.root, self.record = root, MapRecord.read(root)
         self.shards = shards_in(root)
         self._data: dict[int, Any] = {}  # of the shards this process has used
-        self.shapes, self.offsets, keys = [], [], []
+        self.shapes: list[tuple[int, int, int]] = []
+        self.offsets: list[np.ndarray] = []
+        keys = []
         for path in self.shards:
             try:
                 with safe_open(path, "np") as file:
-                    self.shapes.append(tuple(int(n) for n in file.metadata()["shape"].split(",")))
+                    k, height, width = (int(n) for n in file.metadata()["shape"].split(","))
+                    self.shapes.append((k, height, width))
                     self.offsets.append(file.get_tensor("offsets"))
                     shard_keys = np.ascontiguousarray(file.get_tensor("keys"))
                     keys.append(shard_keys.view(f"S{shard_keys.shape[1]}")[:, 0])

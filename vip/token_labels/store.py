@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vip.errors import UserError
 from vip.token_labels.maps import DamagedMap, FolderMaps, LabelMap, LabelMaps, write_map

@@ -7,7 +7,7 @@ made of it where it is used, a few images at a time.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,18 +54,15 @@ class TokenLabels:
         """Copy to pinned memory; called by the loader."""
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, function) -> "TokenLabels":
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenLabels":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TokenLabels(**{k: None if v is None else function(v) for k, v in fields.items()})
+        return dataclasses.replace(self, **{k: function(v) for k, v in fields.items() if v is not None})
 
     @staticmethod
     def collate(labels: Sequence["TokenLabels"]) -> "TokenLabels":
         """Stack the labels of single images."""
-        stacked = {}
-        for field in dataclasses.fields(TokenLabels):
-            values = [getattr(label, field.name) for label in labels]
-            stacked[field.name] = None if values[0] is None else torch.stack(values)
-        return TokenLabels(**stacked)
+        fields = {f.name: [getattr(label, f.name) for label in labels] for f in dataclasses.fields(TokenLabels)}
+        return dataclasses.replace(labels[0], **{k: torch.stack(v) for k, v in fields.items() if v[0] is not None})
 
 
 class DenseTargets(NamedTuple):

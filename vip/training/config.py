@@ -1,9 +1,12 @@
 """Options of training and validation. Defaults are those of the published training script."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vip.data.config import AugmentationConfig, DatasetConfig, InputConfig, LoaderConfig
 from vip.options import Options, option
+from vip.token_labels.config import PUBLISHED_DEFAULTS, TokenLabelConfig
 
 
 @dataclass(kw_only=True)
@@ -171,6 +174,7 @@ class TrainConfig(
     EmaConfig,
     ScheduleConfig,
     OptimizerConfig,
+    TokenLabelConfig,
     RegularizationConfig,
     AugmentationConfig,
     LoaderConfig,
@@ -191,6 +195,11 @@ class TrainConfig(
         {"amp", "native_amp", "apex_amp"},
         {"finetune", "transfer_model", "initial_checkpoint"},
     )
+
+    @staticmethod
+    def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on what is given."""
+        return PUBLISHED_DEFAULTS if given.get("token_label") else {}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import ClassificationTask
-from timm.utils import distribute_bn, random_seed
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
@@ -27,6 +27,9 @@ from vip.reporting.logs import log_to_file, setup_logging
 from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics
 from vip.reporting.summary import Summary
+from vip.token_labels.dataset import TokenLabelDataset, collate_token_labels, open_token_labels
+from vip.token_labels.dense import DenseClassifier
+from vip.token_labels.mixing import DenseMixup
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, evaluate, train_one_epoch
 from vip.training.factory import (
@@ -38,6 +41,7 @@ from vip.training.factory import (
 )
 from vip.training.runtime import Runtime, leave_together, setup_precision, setup_runtime
 from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder
+from vip.training.task import TokenLabelTask
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
 
 _logger = logging.getLogger(__name__)
@@ -90,9 +94,10 @@ class Trainer:
         train_data, val_data = self._open_data()
         self.class_to_idx = class_to_idx(train_data)
         num_classes = self._num_classes()
-        model = self._build_model(num_classes)
-        self._build_loaders(train_data, val_data, num_classes or int(model.num_classes))  # type: ignore[arg-type]
-        self._build_state(model)
+        model: Any = self._build_model(num_classes)
+        dense = self._build_dense(model) if config.token_label and not config.eval_checkpoint else None
+        self._build_loaders(train_data, val_data, num_classes or int(model.num_classes), dense)
+        self._build_state(model, dense)
 
     def _open_data(self) -> tuple[Dataset, Dataset]:
         config = self.config
@@ -159,26 +164,54 @@ class Trainer:
             _logger.warning("--sync-bn needs several processes on GPUs: BatchNorm stays as it is.")
         return torch.jit.script(model) if config.torchscript else model
 
-    def _build_loaders(self, train_data: Any, val_data: Any, num_classes: int) -> None:
+    def _build_dense(self, model: nn.Module) -> DenseClassifier:
+        """The model with an auxiliary head over its tokens."""
+        size, dense = self.config.token_label_size, DenseClassifier(model, self.data_config["input_size"])
+        if size is not None and (size, size) != dense.grid:
+            grid = "x".join(str(n) for n in dense.grid)
+            raise UserError(
+                f"--token-label-size is {size}, but {self.config.model} has {grid} tokens at "
+                f"{tuple(self.data_config['input_size'][1:])} pixels; leave it out, or choose another --img-size."
+            )
+        return dense
+
+    def _build_loaders(self, train_data: Any, val_data: Any, num_classes: int, dense: DenseClassifier | None) -> None:
         config, runtime = self.config, self.runtime
-        mixup = create_mixup(config, num_classes, config.smoothing, collate=not config.no_prefetcher)
+        collate = not config.no_prefetcher and dense is None
+        self.mixup: Any = create_mixup(config, num_classes, config.smoothing, collate)
+        self.mix_batch: Any = None if collate else self.mixup
+        if dense is not None and self.mixup is not None:
+            self.mix_batch = DenseMixup(self.mixup, dense.grid, config.token_label_mix == "published")
+        if dense is not None and config.token_label_data:
+            train_data = open_token_labels(train_data, config, num_classes, dense.grid)
+        self.train_data, self.val_data = train_data, val_data
         place = runtime.device, runtime.rank, runtime.world_size
-        self.mixup, self.train_data, self.val_data = mixup, train_data, val_data
         self.train_loader: Any = create_train_loader(
-            train_data, config, self.data_config, config.batch_size, mixup, *place, seed=config.seed
+            train_data,
+            config,
+            self.data_config,
+            config.batch_size,
+            self.mixup if collate else None,
+            *place,
+            seed=config.seed,
+            collate_samples=collate_token_labels if isinstance(train_data, TokenLabelDataset) else None,
         )
         self.eval_loader = create_eval_loader(val_data, config, self.data_config, config.eval_batch_size, *place)
 
-    def _build_state(self, model: nn.Module) -> None:
+    def _build_state(self, model: nn.Module, dense: DenseClassifier | None) -> None:
         config, runtime = self.config, self.runtime
         images_per_update = config.batch_size * runtime.world_size * config.grad_accum_steps
         optimizer = create_optimizer(config, model, images_per_update)
         precision = setup_precision(config, runtime.device)
-        if precision.apex_amp is not None:
-            model, optimizer = precision.apex_amp.initialize(model, optimizer, opt_level="O1")
+        if precision.apex_amp is not None:  # patches the model in place
+            _, optimizer = precision.apex_amp.initialize(dense or model, optimizer, opt_level="O1")
         _logger.info(f"{runtime.world_size} process(es) on {runtime.device.type}, {precision.description}")
 
-        task = ClassificationTask(model, create_criterion(config), device=runtime.device, verbose=False)
+        task: ClassificationTask
+        if dense is not None:
+            task = TokenLabelTask(dense, config, config.smoothing, runtime.device)
+        else:
+            task = ClassificationTask(model, create_criterion(config), device=runtime.device, verbose=False)
         if config.model_ema:
             device = torch.device("cpu") if config.model_ema_force_cpu else None
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
@@ -279,9 +312,8 @@ class Trainer:
                 outputs.saver.save_recovery(epoch, i)
 
         with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
-            mixup = self.mixup if config.no_prefetcher else None
             metrics = train_one_epoch(
-                self.state, self.train_loader, config, self.runtime, progress, mixup, on_batch, save_recovery
+                self.state, self.train_loader, config, self.runtime, progress, self.mix_batch, on_batch, save_recovery
             )
         _logger.info(
             f"Epoch {epoch}: loss {metrics['loss']:.4f}, learning rate {self.state.lr:.2e}, "
@@ -289,6 +321,8 @@ class Trainer:
         )
         if skipped := unreadable_files(self.train_data):
             _logger.warning(f"{len(skipped)} unreadable training images were replaced: {', '.join(skipped[:5])}")
+        if isinstance(self.train_data, TokenLabelDataset) and (alone := self.train_data.files_without_map()):
+            _logger.warning(f"{len(alone)} images had no label map but their class alone: {', '.join(alone[:5])}")
         model = self.state.task.get_trainable_module()
         if self.runtime.distributed and config.dist_bn:
             distribute_bn(model, self.runtime.world_size, config.dist_bn == "reduce")
@@ -347,11 +381,18 @@ def _in_chans(config: TrainConfig) -> int:
 def _check(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     check_compile_backend(config.torchcompile)
-    if config.mixup_active and config.batch_size % 2:
+    if config.mixup_active and config.batch_size % 2 and not config.token_label:
         raise UserError(
             f"Mixup and CutMix pair the images of a batch, and --batch-size {config.batch_size} is odd; use an even "
             "one, or --mixup 0 --cutmix 0."
         )
+    if config.token_label_data and not config.token_label:
+        raise UserError("--token-label-data is for training with token labels: add --token-label.")
+    for option in ("jsd_loss", "bce_loss", "aug_splits", "torchscript"):
+        if config.token_label and getattr(config, option):
+            raise UserError(
+                f"--{option.replace('_', '-')} does not go with --token-label, which has a loss of its own."
+            )
     if config.mixup_active and config.aug_splits > 1:
         raise UserError("--aug-splits does not go with mixup and CutMix: add --mixup 0 --cutmix 0.")
     if config.aug_splits == 1 or config.aug_splits < 0:
@@ -384,9 +425,9 @@ def resume(state: TrainState, path: str, config: TrainConfig) -> None:
     if "optimizer" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path} holds weights and no training state; start from it with --initial-checkpoint.")
     task: Any = state.task
-    load_weights(task.get_trainable_module(), state_dict_of(checkpoint, False, path), path)
+    _load_task(task, checkpoint, path)
     if task.has_ema():
-        load_weights(task.get_trainable_module(ema=True).module, state_dict_of(checkpoint, None, path), path)
+        _load_task(task, checkpoint, path, ema=True)
     if not config.no_resume_opt:
         args = checkpoint.get("args") or {}
         opt = args.get("opt") if isinstance(args, dict) else getattr(args, "opt", None)
@@ -404,3 +445,10 @@ def resume(state: TrainState, path: str, config: TrainConfig) -> None:
     state.epoch = checkpoint["epoch"] + (checkpoint.get("version", 1) > 1)
     state.updates = checkpoint.get("num_updates", 0)
     _logger.info(f"Resuming {path} at epoch {state.epoch}")
+
+
+def _load_task(task: TrainingTask, checkpoint: dict[str, Any], path: str, ema: bool = False) -> None:
+    """Load the weights of inference, and those that only training has."""
+    weights = state_dict_of(checkpoint, None if ema else False, path)
+    aids = checkpoint.get("task_state_ema" if ema and checkpoint.get("state_dict_ema") else "task_state") or {}
+    load_weights(unwrap_model(task.get_eval_model(ema=ema)), {**weights, **aids}, path)

@@ -54,6 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: If the file is missing, damaged, or needs unpickling code.
     """
     path = find_checkpoint(path)
+    content: Any
     try:
         content = _load_safetensors(path) if path.suffix == ".safetensors" else load_without_code(path)
     except UnreadableFile as e:
