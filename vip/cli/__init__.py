@@ -12,6 +12,8 @@ from vip.options import nearest
 COMMANDS = {
     "train": "train a model",
     "validate": "validate checkpoints or models",
+    "generate-label": "write the label maps of training images, for token labeling",
+    "label-maps": "convert, check and time label maps",
     "make-digits": "write scikit-learn's handwritten digits as an image folder",
 }
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `vip`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
+        lines = "\n".join(f"  {name:14} {text}" for name, text in COMMANDS.items())
         print(f"usage: vip COMMAND ...\n\n{lines}\n\nvip COMMAND --help tells what a command takes.")
         return 0
     if argv[0] == "--version":

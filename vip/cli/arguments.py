@@ -83,11 +83,13 @@ def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
 
 def build_parser(config_class: type, prog: str, without_effect: Mapping[str, str]) -> argparse.ArgumentParser:
     """Make the parser of an option dataclass, a help group for each of its base classes."""
-    usage = f"{prog} [DATA] [options]"
+    positional = [f"[{f.name.upper()}]" for f in dataclasses.fields(config_class) if f.metadata["positional"]]
+    usage = " ".join([prog, *positional, "[options]"])
     parser = _Parser(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe; flags win")
     hints = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    replaced = {flag.partition(" ")[0] for flag in without_effect}
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f"--{f.name.replace('_', '-')}" not in replaced}
     for base in reversed(config_class.__mro__):
         own = [name for name in vars(base).get("__annotations__", {}) if name in fields]
         if not own:
@@ -180,7 +182,7 @@ def parse(
     Raises:
         UserError: If the command line or the recipe is wrong.
     """
-    given = vars(build_parser(config_class, prog, without_effect).parse_args(argv))
+    given = vars(build_parser(config_class, prog, without_effect).parse_intermixed_args(argv))
     recipe = given.pop("config", None)
     if recipe:
         read = read_recipe(recipe, config_class, without_effect)

@@ -4,7 +4,7 @@ timm's `create_loader` picks the sampler itself; here the order of training imag
 processes (so two processes at batch 16 see what one sees at 32), and evaluation visits every image exactly once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -160,6 +160,7 @@ def create_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     tf_preprocessing: bool = False,
+    indices: Sequence[int] | None = None,
 ) -> DataLoader | PrefetchLoader:
     """Create the loader of evaluation batches; together the processes visit every image exactly once, in order.
 
@@ -172,6 +173,7 @@ def create_eval_loader(
         rank: Index of this process.
         world_size: Number of processes.
         tf_preprocessing: Resize and crop as TensorFlow's published models do.
+        indices: The images to visit, all if None.
 
     Raises:
         UserError: If the batch size is no size, or TensorFlow is asked for and not there.
@@ -195,7 +197,8 @@ def create_eval_loader(
     _set_transform(dataset, transform, data_config["input_size"][0])
     sampler: Iterable | None = None
     if not isinstance(dataset, IterableDataset):
-        sampler = range(rank, len(dataset), world_size)  # type: ignore[arg-type]  # map-style data sets have a length
+        visited = range(len(dataset)) if indices is None else indices  # type: ignore[arg-type]  # of map-style data sets
+        sampler = visited[rank::world_size]
     loader = DataLoader(
         dataset,
         batch_size,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vip.data.datasets import ReadableImageDataset
+from vip.data.datasets import ReadableImageDataset, class_to_idx
 from vip.errors import UserError
 from vip.token_labels.config import TokenLabelConfig
 from vip.token_labels.geometry import Region, TrackedTransform, compose, published_box, shown_share
@@ -58,14 +58,15 @@ class TokenLabelDataset(ReadableImageDataset):
         self.map_shape = self._first_map().values.shape
 
     def _check_classes(self) -> None:
-        maps, known = self.maps, self.reader.class_to_idx
+        maps, known = self.maps, class_to_idx(self) or {}
         record = maps.record
         if record is not None and record.num_classes is not None and record.num_classes != self.num_classes:
             raise UserError(
                 f"The label maps in {maps.root} name {record.num_classes} classes, the training has {self.num_classes}."
             )
         if record is not None and record.classes and {name: i for i, name in enumerate(record.classes)} != known:
-            other = next(name for name, i in known.items() if record.classes[i : i + 1] != [name])
+            others = [name for name, i in known.items() if record.classes[i : i + 1] != [name]]
+            other = (others or [name for name in record.classes if name not in known])[0]
             raise UserError(
                 f"The label maps in {maps.root} were made for other classes than the images have, for example {other}; "
                 "generate them with an annotator that was trained on the same class folders."

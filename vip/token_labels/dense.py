@@ -42,14 +42,14 @@ class TokenLayout:
 
         Args:
             features: What `forward_features` gave.
-            pool: The model's `global_pool`: a head that reads the class token gets each token in its place.
+            pool: The model's `global_pool`: a head that reads class tokens gets each token in the place of all of them.
         """
         tokens = self.tokens(features).flatten(0, 2)
         if self.kind == "NCHW":
             return tokens[:, :, None, None]
         if self.kind == "NHWC":
             return tokens[:, None, None]
-        return tokens[:, None].expand(-1, 1 if pool == "token" else self.prefix + 1, -1)
+        return tokens[:, None].expand(-1, max(self.prefix, 1) if pool == "token" else self.prefix + 1, -1)
 
 
 @torch.no_grad()

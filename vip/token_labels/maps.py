@@ -20,6 +20,7 @@ from vip.files import UnreadableFile, load_without_code, replacing
 from vip.token_labels.geometry import Region
 
 RECORD = "label_maps.json"
+CROP_MODES = ("center", "squash", "border")
 EXACT_CLASSES = 2048  # float16 holds every class index below exactly
 
 
@@ -67,11 +68,25 @@ class MapRecord:
         try:
             content = json.loads((root / RECORD).read_text(encoding="utf-8"))
             region = content.pop("region")
-            return MapRecord(Region(tuple(region.pop("img_size")), **region), **content)
+            record = MapRecord(Region(tuple(region.pop("img_size")), **region), **content)
+            record._check()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise UserError(f"{root / RECORD} is damaged ({type(e).__name__}: {e}); generate the maps again.") from e
+        return record
+
+    def _check(self) -> None:
+        rows, columns = self.region.img_size
+        if not (rows > 0 and columns > 0 and self.region.crop_pct > 0 and self.region.crop_mode in CROP_MODES):
+            raise ValueError(f"no such region: {self.region}")
+        if not (self.num_classes is None or (isinstance(self.num_classes, int) and self.num_classes > 0)):
+            raise ValueError(f"num_classes is {self.num_classes!r}")
+        names = self.classes or []
+        if not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+        ):
+            raise ValueError("classes are no list of names")
 
 
 class LabelMaps(Protocol):
@@ -131,10 +146,10 @@ class FolderMaps:
 def _split(content: Any, path: Path) -> LabelMap:
     """Check a tensor in the published layout."""
     found = type(content).__name__
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, torch.Tensor) and content.layout is torch.strided and not content.is_meta:
         found = f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)}"
         if content.dtype is torch.float16 and content.ndim == 4 and len(content) == 2 and content.numel():
-            values, indices = content
+            values, indices = content.detach()
             if not values.isfinite().all():
                 raise UserError(f"The label map {path} holds logits that are not finite; generate it again.")
             if not (indices.isfinite() & (indices >= 0) & (indices == indices.floor())).all():
@@ -162,6 +177,11 @@ def map_key(filename: str) -> str:
 
     Args:
         filename: Path of the image, which ends in `<class folder>/<file>`.
+
+    Raises:
+        UserError: If it does not.
     """
     path = Path(filename)
+    if path.parent.name in ("", ".."):  # as in a tar file of tar files
+        raise UserError(f"The image {filename} is in no class folder, by which its label map could be found.")
     return f"{path.parent.name}/{path.name.partition('.')[0]}"

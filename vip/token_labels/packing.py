@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vip.errors import UserError
 from vip.files import replacing
@@ -25,7 +25,7 @@ SHARD_MAPS = 10_000
 def encode(label_map: LabelMap) -> bytes:
     """Compress a map."""
     classes, places = np.unique(label_map.indices.numpy().astype("<i4"), return_inverse=True)
-    planes = label_map.values.half().numpy().astype("<f2").view(np.uint8).reshape(-1, 2).T
+    planes = np.ascontiguousarray(label_map.values.half().numpy(), "<f2").view(np.uint8).reshape(-1, 2).T
     places = places.ravel().astype(np.uint8 if len(classes) <= 256 else "<u2")
     header = np.array([len(classes)], "<u4")
     return zlib.compress(b"".join(part.tobytes() for part in (header, classes, places, planes)))
@@ -53,6 +53,8 @@ def decode(packed: bytes, shape: tuple[int, int, int]) -> LabelMap:
         planes = np.frombuffer(content, np.uint8, 2 * size, len(content) - 2 * size)
         values = np.ascontiguousarray(planes.reshape(2, -1).T).view("<f2").astype(np.float16)
         indices = classes.astype(np.int32)[places]
+        if (classes < 0).any() or not np.isfinite(values).all():
+            raise ValueError("it holds logits that are not finite, or negative classes")
     except (zlib.error, ValueError, IndexError) as e:
         raise DamagedMap(str(e)) from e
     return LabelMap(torch.from_numpy(values).view(shape), torch.from_numpy(indices).view(shape))
@@ -80,7 +82,7 @@ def write_shard(path: Path, maps: Sequence[tuple[str, LabelMap]]) -> None:
         if label_map.values.shape != shape:
             raise UserError(f"The label map {key} is {list(label_map.values.shape)}, the ones before it {list(shape)}.")
     packed = [encode(label_map) for _, label_map in maps]
-    keys = np.array([key.encode() for key, _ in maps])
+    keys = np.array([_encode_key(key) for key, _ in maps])
     tensors: dict[str, np.ndarray] = {
         "keys": np.frombuffer(keys.tobytes(), np.uint8).reshape(len(keys), -1),
         "offsets": np.cumsum([0, *map(len, packed)], dtype=np.int64),
@@ -88,7 +90,27 @@ def write_shard(path: Path, maps: Sequence[tuple[str, LabelMap]]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        save_file(tensors, unfinished, {"shape": ",".join(map(str, shape))})
+        # safetensors would make a file that other users cannot read
+        unfinished.write_bytes(save(tensors, {"shape": ",".join(map(str, shape))}))
+
+
+def _encode_key(key: str) -> bytes:
+    return key.encode(errors="surrogateescape")  # names of files are not always UTF-8
+
+
+def _decode_key(key: bytes) -> str:
+    return key.decode(errors="surrogateescape")
+
+
+def _check_index(
+    shape: tuple[int, ...], offsets: np.ndarray, keys: np.ndarray, data_type: str, data_shape: Sequence[int]
+) -> None:
+    if min(shape) < 1 or (offsets.dtype, keys.dtype, data_type) != (np.int64, np.uint8, "U8"):
+        raise ValueError("it holds something else")
+    if keys.ndim != 2 or keys.size == 0 or offsets.shape != (len(keys) + 1,):
+        raise ValueError("its keys do not fit its index")
+    if [offsets[0], offsets[-1]] != [0, *data_shape] or (offsets[1:] <= offsets[:-1]).any():
+        raise ValueError("its index does not fit its maps")
 
 
 class PackedMaps:
@@ -105,10 +127,12 @@ class PackedMaps:
             try:
                 with safe_open(path, "np") as file:
                     k, height, width = (int(n) for n in file.metadata()["shape"].split(","))
+                    offsets, shard_keys = file.get_tensor("offsets"), file.get_tensor("keys")
+                    data = file.get_slice("data")
                     self.shapes.append((k, height, width))
-                    self.offsets.append(file.get_tensor("offsets"))
-                    shard_keys = np.ascontiguousarray(file.get_tensor("keys"))
-                    keys.append(shard_keys.view(f"S{shard_keys.shape[1]}")[:, 0])
+                    self.offsets.append(offsets)
+                    _check_index((k, height, width), offsets, shard_keys, data.get_dtype(), data.get_shape())
+                    keys.append(np.ascontiguousarray(shard_keys).view(f"S{shard_keys.shape[1]}")[:, 0])
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
                 raise UserError(f"{path} is no shard of label maps or is damaged ({e}); pack the maps again.") from e
         all_keys = np.concatenate(keys)
@@ -118,26 +142,29 @@ class PackedMaps:
         self._place = np.concatenate([np.arange(len(k)) for k in keys])[order]
         twice = np.flatnonzero(self._keys[1:] == self._keys[:-1])
         if len(twice):
-            raise UserError(f"{root} holds two label maps of {self._keys[twice[0]].decode()}; pack the maps again.")
+            raise UserError(f"{root} holds two label maps of {_decode_key(self._keys[twice[0]])}; pack the maps again.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_data": {}}  # open files stay in their process
 
     def read(self, key: str) -> LabelMap | None:
         """See `LabelMaps`."""
-        name = key.encode()
+        name = _encode_key(key)
         i = int(np.searchsorted(self._keys, name))
         if i == len(self._keys) or self._keys[i] != name:
             return None
         shard, place = int(self._shard[i]), int(self._place[i])
         if shard not in self._data:
-            self._data[shard] = safe_open(self.shards[shard], "np").get_slice("data")
+            try:
+                self._data[shard] = safe_open(self.shards[shard], "np").get_slice("data")
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"{self.shards[shard]} cannot be read any more ({e}).") from e
         start, end = self.offsets[shard][place : place + 2].tolist()
         return decode(self._data[shard][start:end].tobytes(), self.shapes[shard])
 
     def keys(self) -> Iterator[str]:
         """See `LabelMaps`."""
-        return (key.decode() for key in self._keys)
+        return map(_decode_key, self._keys)
 
     def classes(self) -> set[str]:
         """See `LabelMaps`."""

@@ -1,11 +1,13 @@
 """Sets of label maps, whatever their layout: open, convert, check, compare."""
 
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vip.errors import UserError
-from vip.token_labels.maps import DamagedMap, FolderMaps, LabelMap, LabelMaps, write_map
+from vip.token_labels.maps import EXACT_CLASSES, DamagedMap, FolderMaps, LabelMap, LabelMaps, write_map
 from vip.token_labels.packing import SHARD_MAPS, PackedMaps, shard_path, shards_in, write_shard
 
 Progress = Callable[[list[str]], Iterable[str]]
@@ -24,7 +26,7 @@ def open_label_maps(root: str | Path) -> LabelMaps:
             "maps; `vip generate-label` makes them."
         )
     maps: LabelMaps = PackedMaps(root) if shards_in(root) else FolderMaps(root)
-    if not maps.classes():
+    if next(iter(maps.keys()), None) is None:
         raise UserError(f"{root} holds no label maps: neither class folders with .pt files nor packed maps.")
     return maps
 
@@ -60,10 +62,19 @@ def pack(source: str | Path, target: str | Path, progress: Progress = iter) -> i
 
 
 def unpack(source: str | Path, target: str | Path, progress: Progress = iter) -> int:
-    """Write label maps in the published layout; arguments, result and errors as of `pack`."""
+    """Write label maps in the published layout; arguments and result as of `pack`.
+
+    Raises:
+        UserError: As `pack`, or if a map names a class that the published layout cannot hold.
+    """
     maps, target = open_label_maps(source), _empty_folder(target)
     keys = list(maps.keys())
     for key, label_map in _read_all(maps, progress(keys)):
+        if (highest := int(label_map.indices.max())) > EXACT_CLASSES:
+            raise UserError(
+                f"The label map {maps.root / key} names class {highest}; the published layout holds indices up to "
+                f"{EXACT_CLASSES} exactly, keep these maps packed."
+            )
         write_map(target / f"{key}.pt", label_map)
     if maps.record is not None:
         maps.record.write(target)
@@ -166,3 +177,32 @@ def _same(label_map: LabelMap, others: LabelMaps, key: str) -> bool:
     except DamagedMap:
         return False
     return other is not None and all(a.equal(b) for a, b in zip(label_map, other, strict=True))
+
+
+@dataclass(frozen=True)
+class ReadRate:
+    """How fast label maps are read, and what they take."""
+
+    layout: str
+    maps: int
+    files: int
+    bytes: int
+    maps_per_second: float
+
+
+def read_rate(root: str | Path, seconds: float) -> ReadRate:
+    """Read maps in random order for a while, in one process.
+
+    Raises:
+        UserError: If there are no maps.
+    """
+    maps = open_label_maps(root)
+    keys = list(maps.keys())
+    files = [file for file in Path(root).rglob("*") if file.is_file()]
+    order = random.Random(0)
+    read, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        maps.read(order.choice(keys))
+        read += 1
+    layout = "packed" if isinstance(maps, PackedMaps) else "published"
+    return ReadRate(layout, len(keys), len(files), sum(file.stat().st_size for file in files), read / spent)

@@ -213,30 +213,51 @@ class TrainConfig(
 
 
 @dataclass(kw_only=True)
-class ValidateConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, DatasetConfig):
-    """Everything a validation can be told; what is not given comes from the checkpoint, then from the model."""
+class EvaluationConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, DatasetConfig):
+    """Evaluation."""
 
     alternatives = ({"data", "data_dir"}, {"img_size", "input_size"}, {"amp", "native_amp", "apex_amp"})
+
+    num_samples: int | None = option(None, "images of the split, for streamed data sets")
+    batch_size: int = option(256, "batch size", "-b", metavar="N", low=1)
+    workers: int = option(4, "loader processes", "-j", metavar="N")
+    use_ema: bool | None = option(None, "use the averaged weights (default: where the checkpoint has them)")
+    tf_preprocessing: bool = option(False, "TensorFlow's preprocessing, needs tensorflow")
+    seed: int = option(42, "seed", low=0, high=2**31)
+
+
+@dataclass(kw_only=True)
+class ValidateConfig(EvaluationConfig):
+    """Everything a validation can be told; what is not given comes from the checkpoint, then from the model."""
 
     model: str = option("", "model, or models by commas or pattern (default: what the checkpoint holds)", "-m")
     checkpoint: list[str] = option(
         [], "a checkpoint, a folder of a run, or a quoted glob pattern; may be repeated", metavar="PATH", append=True
     )
     split: str = option("validation", "split to validate on")
-    num_samples: int | None = option(None, "images of the split, for streamed data sets")
-    batch_size: int = option(256, "batch size", "-b", metavar="N", low=1)
-    workers: int = option(4, "loader processes", "-j", metavar="N")
-    use_ema: bool | None = option(None, "use the averaged weights (default: where the checkpoint has them)")
     real_labels: str = option("", "ImageNet ReaL labels, any of which is right", metavar="FILE")
     valid_labels: str = option("", "only these class indices can be predicted, one a line", metavar="FILE")
     tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
     test_pool: bool = option(False, "pool at test time when the image is larger than in training, for CNNs")
-    tf_preprocessing: bool = option(False, "TensorFlow's preprocessing, needs tensorflow")
     num_gpu: int = option(1, "GPUs to spread a batch over", metavar="N", low=1)
     log_freq: int = option(50, "batches between lines in the log", metavar="N", low=1)
     results_file: str = option("", "write the results to this file", metavar="FILE")
     results_format: str = option("", "its format (default: by its ending, else csv)", choices=("", "csv", "json"))
-    seed: int = option(42, "seed", low=0, high=2**31)
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(EvaluationConfig):
+    """Label maps by an annotator; what is not given comes from its checkpoint, then from the model."""
+
+    token_label_root: str | None = option(None, "folder to write the label maps to", positional=True)
+    model: str = option("", "annotator: any timm model with spatial features or tokens", "-m")
+    checkpoint: str = option("", "its checkpoint, or the folder of a run", metavar="PATH")
+    split: str = option("", "split to annotate (default: train/ of DATA where there is one, else DATA itself)")
+    top_k: int = option(5, "classes to keep of each cell", metavar="N", low=1)
+    format: str = option(
+        "published", "a file an image, as published; or packed into a few", choices=("published", "packed")
+    )
+    log_freq: int = option(10, "batches between lines in the log", metavar="N", low=1)
 
 
 # Published flags without a meaning today, with the placeholder of their value if they take one, and why.
@@ -249,6 +270,12 @@ TRAIN_FLAGS_WITHOUT_EFFECT = {
     "--worker-seeding NAME": "torch seeds Python, NumPy and torch in every loader process",
     "--amp-impl NAME": "--amp is torch's own, --apex-amp is Apex's where it exists",
     "--fuser NAME": "torch picks the fuser of TorchScript models",
+}
+GENERATE_FLAGS_WITHOUT_EFFECT = {
+    "--num-gpu N": "torchrun starts a process for each GPU",
+    "--torchscript": "the annotator's features are read inside the model",
+    "--legacy-jit": "torch has one TorchScript executor today",
+    "--transfer": "the annotator's classifier is used as it is, whatever data it was trained on",
 }
 VALIDATE_FLAGS_WITHOUT_EFFECT = {
     "--legacy-jit": "torch has one TorchScript executor today",

@@ -223,6 +223,11 @@ def evaluate(
             on_output(output)
         evaluator.update(output, target)
         progress.update(len(images), **(evaluator.summary() if progress.wants_values(i) else {}))
+    return gather_metrics(evaluator, runtime)
+
+
+def gather_metrics(evaluator: ClassificationEvaluator, runtime: Runtime) -> Metrics:
+    """The result of the evaluators of all processes."""
     all_reduce_sum(evaluator.loss_sum, runtime)
     count, correct1, correct5 = (int(n) for n in all_reduce_sum(evaluator.counts, runtime).tolist())
     return Metrics(**evaluator.summary(), count=count, correct1=correct1, correct5=correct5)

@@ -5,7 +5,7 @@ import glob
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -21,13 +21,15 @@ from vip.errors import UserError
 from vip.reporting.logs import setup_logging
 from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics, format_result, format_table, result_row, write_results
-from vip.training.config import ValidateConfig
+from vip.training.config import EvaluationConfig, ValidateConfig
 from vip.training.engine import evaluate
 from vip.training.factory import check_compile_backend, create_model, resolve_data_config
 from vip.training.runtime import Precision, Runtime, leave_together, setup_precision, setup_runtime
 from vip.training.weights import find_checkpoint, load_weights, read_checkpoint, recognise, state_dict_of
 
 _logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=EvaluationConfig)
 
 # What a checkpoint's `args` say about how its model is to be evaluated, obeyed unless a flag says otherwise.
 _FROM_CHECKPOINT = (
@@ -119,16 +121,7 @@ def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[
     Raises:
         UserError: For anything the user can mend.
     """
-    checkpoint: dict[str, Any] = {}
-    if config.checkpoint:
-        path = find_checkpoint(config.checkpoint[0])
-        checkpoint = read_checkpoint(path)
-        config = _complete(config, checkpoint, given)
-        model = _load_model(config, checkpoint, path)
-        source = str(path)
-    else:
-        model = create_model(config, config.num_classes)
-        source = config.model
+    config, model, checkpoint, source = load_model(config, config.checkpoint[0] if config.checkpoint else "", given)
     data_config = resolve_data_config(model, config)
     dataset = _open_split(config, data_config["input_size"][0], model, checkpoint)
     param_count = sum(p.numel() for p in model.parameters())
@@ -138,7 +131,31 @@ def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[
     return result_row(config.model, source, metrics, param_count, data_config, images_per_second)
 
 
-def _complete(config: ValidateConfig, checkpoint: dict[str, Any], given: set[str]) -> ValidateConfig:
+def load_model(
+    config: ConfigT, checkpoint_path: str, given: set[str]
+) -> tuple[ConfigT, nn.Module, dict[str, Any], str]:
+    """Load the model of a checkpoint, or the pretrained one that the configuration names.
+
+    Args:
+        config: Configuration.
+        checkpoint_path: A checkpoint or the folder of a run, empty for none.
+        given: Options the user gave, which win over what the checkpoint says.
+
+    Returns:
+        The configuration with what the checkpoint says, the model, the checkpoint, and where the weights are from.
+
+    Raises:
+        UserError: If there is no such checkpoint, or it does not fit.
+    """
+    if not checkpoint_path:
+        return config, create_model(config, config.num_classes), {}, config.model
+    path = find_checkpoint(checkpoint_path)
+    checkpoint = read_checkpoint(path)
+    config = _complete(config, checkpoint, given)
+    return config, _load_weights(config, checkpoint, path), checkpoint, str(path)
+
+
+def _complete(config: ConfigT, checkpoint: dict[str, Any], given: set[str]) -> ConfigT:
     """Fill in what was not given from the checkpoint's own `args`."""
     args = checkpoint.get("args", {})
     args = args if isinstance(args, dict) else vars(args)  # timm's are a namespace
@@ -160,7 +177,7 @@ def _complete(config: ValidateConfig, checkpoint: dict[str, Any], given: set[str
     return dataclasses.replace(config, **{k: v for k, v in known.items() if k in fields})
 
 
-def _load_model(config: ValidateConfig, checkpoint: dict[str, Any], path: Path) -> nn.Module:
+def _load_weights(config: EvaluationConfig, checkpoint: dict[str, Any], path: Path) -> nn.Module:
     state_dict = state_dict_of(checkpoint, config.use_ema, path)
     arch = checkpoint.get("arch")
     if not config.model:
@@ -195,7 +212,7 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
         batch_size=config.batch_size,
         load_bytes=config.tf_preprocessing,
     )
-    found, trained_on = class_to_idx(dataset), checkpoint.get("class_to_idx")
+    found = class_to_idx(dataset)
     if (subset := _label_subset(config.valid_labels)) is not None:
         if len(subset) == 0 or not 0 <= int(subset.min()) <= int(subset.max()) < model.num_classes:
             raise UserError(
@@ -204,14 +221,26 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
         if found is not None and len(subset) != len(found):
             raise UserError(f"{config.valid_labels} names {len(subset)} classes and {config.data} has {len(found)}.")
         return dataset
-    if found is None or config.real_labels:
-        return dataset
+    if not config.real_labels:
+        check_classes(dataset, config, model, checkpoint)
+    return dataset
+
+
+def check_classes(dataset: Dataset, config: EvaluationConfig, model: Any, checkpoint: dict[str, Any]) -> None:
+    """Refuse a data set of other classes than the model has.
+
+    Raises:
+        UserError: With what differs.
+    """
+    found, trained_on = class_to_idx(dataset), checkpoint.get("class_to_idx")
+    if found is None:
+        return
     if config.class_map:
         if max(found.values()) >= model.num_classes:
             raise UserError(
                 f"{config.class_map} names {max(found.values()) + 1} classes, the model has {model.num_classes}."
             )
-        return dataset
+        return
     if len(found) != model.num_classes:
         raise UserError(
             f"{config.data} has {len(found)} classes and the model {model.num_classes}: is it the data set the model "
@@ -220,7 +249,6 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
     if trained_on and trained_on != found:
         differ = next(name for name in found if trained_on.get(name) != found[name])
         raise UserError(f"{config.data} has other classes than the model was trained on, for example {differ!r}.")
-    return dataset
 
 
 def _prepare(

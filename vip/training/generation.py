@@ -1,0 +1,295 @@
+"""Label maps for a data set, by an annotator: resumable, in one process or many."""
+
+import dataclasses
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from timm.task import ClassificationEvaluator
+from timm.utils import random_seed
+
+from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, unreadable_files
+from vip.data.loaders import create_eval_loader
+from vip.errors import UserError
+from vip.reporting.logs import setup_logging
+from vip.reporting.progress import ProgressBar
+from vip.token_labels.annotator import Annotation, Annotator, averages
+from vip.token_labels.geometry import Region
+from vip.token_labels.maps import EXACT_CLASSES, FolderMaps, LabelMap, MapRecord, map_key, write_map
+from vip.token_labels.packing import SHARD_MAPS, shard_path, shards_in, write_shard
+from vip.training.config import GenerateConfig
+from vip.training.engine import gather_metrics
+from vip.training.factory import check_compile_backend, resolve_data_config
+from vip.training.runtime import Precision, Runtime, leave_together, setup_precision, setup_runtime
+from vip.training.validation import check_classes, load_model
+
+_logger = logging.getLogger(__name__)
+
+Labelled = tuple[int, str, LabelMap]  # index of an image, key and content of its map
+
+
+def generate_labels(config: GenerateConfig, given: set[str]) -> None:
+    """Write the label maps that are not there yet, and log how often the annotator is right.
+
+    Raises:
+        UserError: For anything the user can mend.
+    """
+    if not config.token_label_root:
+        raise UserError("Name two folders: the one with the images, and the one to write label maps to.")
+    if not (config.checkpoint or config.model):
+        raise UserError("Name an annotator: --checkpoint PATH, or --model NAME --pretrained.")
+    runtime = setup_runtime(config.device, workers=config.workers)
+    setup_logging(runtime.is_primary)
+    random_seed(config.seed, runtime.rank)
+    config, model, checkpoint, source = load_model(config, config.checkpoint, given)
+    if not (config.checkpoint or config.pretrained):
+        _logger.warning(f"{config.model} has random weights: add --pretrained or --checkpoint for maps to learn from.")
+    data_config = resolve_data_config(model, config)
+    images = _open_images(config, data_config)
+    check_classes(images, config, model, checkpoint)
+    model = model.to(runtime.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    annotator = Annotator(model, data_config["input_size"], config.top_k)
+    _describe(annotator, data_config, source)
+    writer = _open_writer(config, images, runtime)
+    _write_record(config, annotator, images, data_config, runtime)
+    precision = setup_precision(config, runtime.device)
+    if precision.apex_amp is not None:
+        precision.apex_amp.initialize(model, opt_level="O1")  # patches the model in place
+    _annotate(annotator, images, writer, config, data_config, runtime, precision)
+    leave_together(runtime)
+
+
+def _open_images(config: GenerateConfig, data_config: dict[str, Any]) -> "IndexedImages":
+    split = config.split or ("train" if os.path.isdir(os.path.join(config.data or "", "train")) else "validation")
+    dataset = create_split(
+        config,
+        split,
+        is_training=False,
+        max_bad_images=config.max_bad_images,
+        in_chans=data_config["input_size"][0],
+        load_bytes=config.tf_preprocessing,
+    )
+    if not isinstance(dataset, ReadableImageDataset):
+        raise UserError("Label maps go by the names of image files: give an image folder or a tar file.")
+    return IndexedImages(dataset)
+
+
+class IndexedImages(ReadableImageDataset):
+    """Images whose samples say which one they are: an image, and its index and class."""
+
+    def __init__(self, dataset: ReadableImageDataset) -> None:
+        super().__init__(dataset, is_training=False, max_bad_images=dataset.max_bad_images)
+        self.keys = [map_key(name) for name in self.filenames()]
+        key, count = Counter(self.keys).most_common(1)[0]
+        if count > 1:
+            names = [name for name in self.filenames() if map_key(name) == key]
+            raise UserError(
+                f"{names[0]} and {names[1]} would share the label map {key}.pt, which is named by what is before the "
+                "first dot; rename one of them."
+            )
+
+    def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, torch.Tensor]:
+        """Make the sample of a decoded image."""
+        image, target = super().make_sample(index, image, target)
+        return image, torch.tensor((index, target))
+
+
+def _describe(annotator: Annotator, data_config: dict[str, Any], source: str) -> None:
+    height, width = annotator.layout.grid
+    agrees = averages(annotator, data_config["input_size"])
+    _logger.info(
+        f"{source}: {height}x{width} cells at {tuple(data_config['input_size'][1:])} pixels; "
+        + (
+            "its classifier, applied to each of them, averages to its own logits"
+            if agrees
+            else "its classifier is applied to each of them, but their average is not what it says of the image"
+        )
+    )
+
+
+def _write_record(
+    config: GenerateConfig, annotator: Annotator, images: IndexedImages, data_config: dict[str, Any], runtime: Runtime
+) -> None:
+    """Say beside the maps what they cover, and refuse to mix maps that cover something else."""
+    root = Path(str(config.token_label_root))
+    size = tuple(data_config["input_size"][1:])
+    crop_pct, crop_mode = data_config["crop_pct"], data_config["crop_mode"]
+    if config.tf_preprocessing:
+        crop_pct, crop_mode = size[0] / (size[0] + 32), "center"  # TensorFlow's crop padding
+    known = class_to_idx(images)
+    record = MapRecord(
+        Region(size, crop_pct, crop_mode),
+        num_classes=annotator.model.num_classes,
+        classes=sorted(known, key=known.__getitem__) if known and not config.class_map else None,
+        model=config.model,
+    )
+    there = MapRecord.read(root)
+    if there is not None and there != record:
+        differ = [f.name for f in dataclasses.fields(record) if getattr(there, f.name) != getattr(record, f.name)]
+        raise UserError(
+            f"{root} holds label maps that were made otherwise ({', '.join(differ)} in label_maps.json): name another "
+            "folder, or repeat the command they were made with."
+        )
+    if runtime.distributed:
+        dist.barrier()
+    if runtime.is_primary and there is None:
+        try:
+            record.write(root)
+        except OSError as e:
+            raise UserError(f"Cannot write to {root} ({e.strerror}); name another folder.") from e
+
+
+class Writer(Protocol):
+    """Where label maps go."""
+
+    pending: list[int]  # indices of this process's images that have no map yet
+
+    def write(self, labelled: Iterator[Labelled]) -> None:
+        """Write maps, which come in the order of `pending`."""
+
+
+def _open_writer(config: GenerateConfig, images: IndexedImages, runtime: Runtime) -> Writer:
+    root = Path(str(config.token_label_root))
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file, expected a folder to write label maps to.")
+    if config.format == "packed":
+        if root.is_dir() and FolderMaps(root).classes():
+            raise UserError(f"{root} holds maps in the published layout: name another folder, or leave out --format.")
+        return PackedWriter(root, images.keys, runtime)
+    if root.is_dir() and shards_in(root):
+        raise UserError(f"{root} holds packed maps: name another folder, or add --format packed.")
+    known = class_to_idx(images)
+    if known and len(known) > EXACT_CLASSES:
+        raise UserError(
+            f"The published layout holds class indices up to {EXACT_CLASSES} exactly, and there are {len(known)} "
+            "classes: add --format packed."
+        )
+    return FolderWriter(root, images.keys, runtime)
+
+
+class FolderWriter:
+    """Writes the published layout; the files are on disk before the next batch but one is read."""
+
+    def __init__(self, root: Path, keys: Sequence[str], runtime: Runtime) -> None:
+        self.root = root
+        done = set(FolderMaps(root).keys()) if root.is_dir() else set()
+        pending = [i for i, key in enumerate(keys) if key not in done]
+        self.pending = pending[runtime.rank :: runtime.world_size]
+
+    def write(self, labelled: Iterator[Labelled]) -> None:
+        """See `Writer`."""
+        with ThreadPoolExecutor(8, "label-maps") as pool:  # a file has to be on disk before it is renamed: much waiting
+            writes: list[Future] = []
+            for _, key, label_map in labelled:
+                writes.append(pool.submit(write_map, self.root / f"{key}.pt", label_map))
+                if len(writes) >= 512:
+                    _finish(writes)
+            _finish(writes)
+
+
+def _finish(writes: list[Future]) -> None:
+    try:
+        for write in writes:
+            write.result()
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"Cannot write label maps ({reason}); make room, then repeat the command to go on.") from e
+    writes.clear()
+
+
+class PackedWriter:
+    """Writes shards of images that follow one another, so that any number of processes can go on where others were."""
+
+    def __init__(self, root: Path, keys: Sequence[str], runtime: Runtime) -> None:
+        self.root = root
+        shards = range(0, -(-len(keys) // SHARD_MAPS))
+        pending = [n for n in shards if not shard_path(root, n).exists()][runtime.rank :: runtime.world_size]
+        self.pending = [i for n in pending for i in range(n * SHARD_MAPS, min((n + 1) * SHARD_MAPS, len(keys)))]
+
+    def write(self, labelled: Iterator[Labelled]) -> None:
+        """See `Writer`."""
+        for number, maps in groupby(labelled, lambda item: item[0] // SHARD_MAPS):
+            try:
+                write_shard(shard_path(self.root, number), [(key, label_map) for _, key, label_map in maps])
+            except OSError as e:
+                raise UserError(
+                    f"Cannot write label maps to {self.root} ({e.strerror}); make room, then repeat the command."
+                ) from e
+
+
+def _annotate(
+    annotator: Annotator,
+    images: IndexedImages,
+    writer: Writer,
+    config: GenerateConfig,
+    data_config: dict[str, Any],
+    runtime: Runtime,
+    precision: Precision,
+) -> None:
+    loader = create_eval_loader(
+        images,
+        config,
+        data_config,
+        config.batch_size,
+        runtime.device,
+        tf_preprocessing=config.tf_preprocessing,
+        indices=writer.pending,
+    )
+    own, mean = ClassificationEvaluator(runtime.device), ClassificationEvaluator(runtime.device)
+    check_compile_backend(config.torchcompile)
+    annotate: Any = annotator
+    if config.torchcompile:
+        annotate = torch.compile(annotator, backend=config.torchcompile, mode=config.torchcompile_mode)
+    with ProgressBar("Label maps", len(loader), config.log_freq, runtime.device, not runtime.is_primary) as progress:
+        writer.write(_labelled(annotate, loader, images, config, runtime, precision, (own, mean), progress))
+    if skipped := unreadable_files(images):
+        _logger.warning(f"{len(skipped)} unreadable images have no label map: {', '.join(skipped[:5])}")
+    result, of_maps = gather_metrics(own, runtime), gather_metrics(mean, runtime)
+    there = len(images) - result.count - len(skipped)
+    _logger.info(
+        f"{result.count} label maps written, {max(there, 0)} were there. Annotator: top-1 {result.top1:.3f}, top-5 "
+        f"{result.top5:.3f}; average of its maps: top-1 {of_maps.top1:.3f}"
+    )
+
+
+@torch.inference_mode()
+def _labelled(
+    annotator: Callable[[torch.Tensor], Annotation],
+    loader: Any,
+    images: IndexedImages,
+    config: GenerateConfig,
+    runtime: Runtime,
+    precision: Precision,
+    evaluators: tuple[ClassificationEvaluator, ClassificationEvaluator],
+    progress: ProgressBar,
+) -> Iterator[Labelled]:
+    """Annotate the batches of a loader, one map at a time."""
+    for i, (batch, about) in enumerate(loader):
+        if not len(batch):
+            continue
+        index, target = about.unbind(1)
+        batch, target = batch.to(runtime.device, non_blocking=True), target.to(runtime.device, non_blocking=True)
+        if config.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        with precision.autocast():
+            annotation = annotator(batch)
+        for evaluator, logits in zip(evaluators, (annotation.logits, annotation.mean_logits), strict=True):
+            evaluator.update(logits, target)
+        values, indices = annotation.values.half().cpu(), annotation.indices.int().cpu()
+        progress.update(len(batch), **(evaluators[0].summary() if progress.wants_values(i) else {}))
+        for image, *label_map in zip(index.tolist(), values, indices, strict=True):
+            if not label_map[0].isfinite().all():
+                raise UserError(
+                    f"The annotator's logits for {images.filename(image)} are not finite in float16; leave out "
+                    "--amp, or take another annotator."
+                )
+            yield image, images.keys[image], LabelMap(*label_map)
