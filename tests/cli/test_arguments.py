@@ -21,8 +21,10 @@ import vip.cli
 from vip.cli.arguments import parse, read_recipe
 from vip.errors import UserError
 from vip.training.config import (
+    GENERATE_FLAGS_WITHOUT_EFFECT,
     TRAIN_FLAGS_WITHOUT_EFFECT,
     VALIDATE_FLAGS_WITHOUT_EFFECT,
+    GenerateConfig,
     TrainConfig,
     ValidateConfig,
 )
@@ -36,6 +38,14 @@ def train(*argv: str) -> TrainConfig:
 
 def validate(*argv: str) -> ValidateConfig:
     return parse(ValidateConfig, argv, "vip validate", VALIDATE_FLAGS_WITHOUT_EFFECT)[0]
+
+
+def generate(*argv: str) -> GenerateConfig:
+    return parse(GenerateConfig, argv, "vip generate-label", GENERATE_FLAGS_WITHOUT_EFFECT)[0]
+
+
+def parser_of(script: str) -> Callable[..., Any]:
+    return validate if script.endswith("validate") else generate if script.endswith("generate") else train
 
 
 @pytest.fixture
@@ -56,16 +66,7 @@ def published() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# Flags of training with dense labels, which the commands do not have yet.
-TOKEN_LABELS = {
-    "--token-label",
-    "--token-label-data",
-    "--token-label-size",
-    "--dense-weight",
-    "--cls-weight",
-    "--ground-truth",
-}
-WITHOUT_EFFECT = {"--local_rank", "--split-bn", "--num-gpu", "--use-multi-epochs-loader", "--legacy-jit"}
+WITHOUT_EFFECT = {"--local_rank", "--split-bn", "--num-gpu", "--use-multi-epochs-loader", "--legacy-jit", "--transfer"}
 RENAMED = {"jsd": "jsd_loss", "b": "batch_size", "wd": "weight_decay"}  # as timm 1.x names them
 SAMPLES = {  # words where the kind alone does not tell what is allowed
     "--sched": "tanh",
@@ -94,7 +95,7 @@ def flags() -> list[Any]:
     cases = []
     for row in published():
         spellings = row["flag"].split()
-        if spellings[0] in TOKEN_LABELS or spellings[0] == "-c" or not spellings[0].startswith("-"):
+        if spellings[0] == "-c" or not spellings[0].startswith("-"):
             continue
         for flag in spellings:
             name = max(spellings, key=len).lstrip("-").replace("-", "_")
@@ -111,10 +112,11 @@ def test_published_flag(
     script: str, flag: str, name: str, words: str, value: Any, capsys: pytest.CaptureFixture
 ) -> None:
     """It is accepted, takes as many words as it took, and its value arrives or a note says that it has no effect."""
-    config: Any = (validate if script.endswith("validate") else train)("DATA", flag, *words.split())
+    config: Any = parser_of(script)("DATA", flag, *words.split())
     assert config.data == "DATA"
     note = capsys.readouterr().err
-    if flag in WITHOUT_EFFECT and not (flag == "--num-gpu" and script.endswith("validate")):
+    ignored = flag in WITHOUT_EFFECT and not (flag == "--num-gpu" and script.endswith("validate"))
+    if ignored or (flag == "--torchscript" and script == "tl-generate"):
         assert note.startswith(f"note: {flag} has no effect: ") and note.count("\n") == 1
         return
     assert note == ""
@@ -123,7 +125,7 @@ def test_published_flag(
         assert config.test_pool is False
     elif (script, flag) in (("vip-transfer", "--resume"), ("vip-transfer", "-r")):
         assert config.resume == "auto"  # a switch there, a file elsewhere
-    elif name == "checkpoint":
+    elif name == "checkpoint" and script != "tl-generate":
         assert config.checkpoint == [value]
     else:
         assert getattr(config, name) == value
@@ -131,7 +133,14 @@ def test_published_flag(
 
 def test_the_list_of_published_flags_is_whole() -> None:
     counts = Counter(row["script"] for row in published())
-    assert counts == {"vip-train": 94, "tl-train": 103, "vip-transfer": 22, "vip-validate": 33, "tl-validate": 33}
+    assert counts == {
+        "vip-train": 94,
+        "tl-train": 103,
+        "vip-transfer": 22,
+        "vip-validate": 33,
+        "tl-validate": 33,
+        "tl-generate": 29,
+    }
 
 
 OTHER_DEFAULTS = {
@@ -151,10 +160,35 @@ OTHER_DEFAULTS = {
         "--use-ema": "where the checkpoint has averaged weights",
         "--legacy-jit": "without effect",
     },
+    "tl-train": {
+        "--token-label": "the flag that these defaults go with",
+        "--token-label-size": "the model's own grid",
+        "--model": "vip_s7: no model is called lvvit",
+        "--drop": "the model's, which is 0 for ours",
+        "--local_rank": "without effect",
+        "--split-bn": "without effect",
+        "--use-multi-epochs-loader": "without effect",
+    },
+    "tl-generate": {
+        "--model": "what the checkpoint holds",
+        "--split": "train/ where there is one, else the folder",
+        "--use-ema": "where the checkpoint has averaged weights",
+        "--num-gpu": "without effect",
+        "--transfer": "without effect",
+        "--legacy-jit": "without effect",
+    },
 }
 
 
-@pytest.mark.parametrize("script, config", [("vip-train", TrainConfig()), ("vip-validate", ValidateConfig())])
+@pytest.mark.parametrize(
+    "script, config",
+    [
+        ("vip-train", TrainConfig()),
+        ("vip-validate", ValidateConfig()),
+        ("tl-train", train("DATA", "--token-label")),
+        ("tl-generate", GenerateConfig()),
+    ],
+)
 def test_published_defaults(script: str, config: Any) -> None:
     different = set()
     for row in published():
@@ -230,6 +264,7 @@ def test_flags_of_timm(words: str, name: str, value: Any) -> None:
         *((train, f) for f in ("--local_rank 1", "--local_rank=1", "--local-rank 1", "--split-bn", "--num-gpu 4")),
         *((train, f) for f in ("--use-multi-epochs-loader", "--worker-seeding all", "--amp-impl native", "--fuser te")),
         *((validate, f) for f in ("--legacy-jit", "--fuser te")),
+        *((generate, f) for f in ("--legacy-jit", "--num-gpu 2", "--torchscript", "--transfer")),
     ],
 )
 def test_flags_without_effect(
@@ -440,13 +475,17 @@ def test_flags_are_not_abbreviated() -> None:
 # The command itself
 
 
-@pytest.mark.parametrize("name, config", [("train", TrainConfig), ("validate", ValidateConfig)])
+@pytest.mark.parametrize(
+    "name, config", [("train", TrainConfig), ("validate", ValidateConfig), ("generate-label", GenerateConfig)]
+)
 def test_help_lists_every_option_with_its_text(name: str, config: Any, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         vip.cli.main([name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config):
+        if config is GenerateConfig and field.name == "torchscript":
+            continue  # listed with the flags without effect
         assert field.name.upper() in text or f"--{field.name.replace('_', '-')}" in text
         assert field.metadata["help"] in text
 
@@ -491,10 +530,13 @@ def test_other_processes_wait_for_the_first_to_report(
     assert len(waited) == 1
 
 
-@pytest.mark.parametrize("script, flag", [("train.py", "--data-dir"), ("validate.py", "--checkpoint")])
+@pytest.mark.parametrize(
+    "script, flag",
+    [("train.py", "--data-dir"), ("validate.py", "--checkpoint"), ("generate_label.py", "DATA OUT --checkpoint")],
+)
 def test_scripts_are_doors_to_the_commands(script: str, flag: str, tmp_path: Path) -> None:
     """From any folder; what goes wrong is one line under the name that was typed."""
-    argv = [sys.executable, str(REPOSITORY / script), flag, "nowhere"]
+    argv = [sys.executable, str(REPOSITORY / script), *flag.split(), "nowhere"]
     process = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     outcome = Outcome(process.returncode, process.stdout, process.stderr)
     assert "nowhere" in outcome.error(script)

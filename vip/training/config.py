@@ -272,7 +272,7 @@ TRAIN_FLAGS_WITHOUT_EFFECT = {
     "--fuser NAME": "torch picks the fuser of TorchScript models",
 }
 GENERATE_FLAGS_WITHOUT_EFFECT = {
-    "--num-gpu N": "torchrun starts a process for each GPU",
+    "--num-gpu N": "the number of processes decides, see distributed_train.sh",
     "--torchscript": "the annotator's features are read inside the model",
     "--legacy-jit": "torch has one TorchScript executor today",
     "--transfer": "the annotator's classifier is used as it is, whatever data it was trained on",
