@@ -61,7 +61,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _epochs(epochs: int | None) -> tuple[Any, ...]:
-    return () if epochs is None else ("--epochs", epochs, "--warmup-epochs", max(1, epochs // 10))
+    """Options of a number of epochs other than the recipe's, with a schedule that suits a few of them."""
+    return () if epochs is None else ("--epochs", epochs, "--warmup-epochs", max(1, epochs // 10), "--sched-on-updates")
 
 
 def _run(*command: Any) -> str:
