@@ -288,6 +288,14 @@ def test_the_class_takes_the_place_of_fill() -> None:
     torch.testing.assert_close(probability(labels, 1), 1 - shown[0])
 
 
+def test_fill_that_lies_beyond_the_map_counts_once() -> None:
+    """A shift of the whole image brings in fill where its map ends."""
+    box = torch.tensor([[[1.0, 0, -0.125], [0, 1.0, 0]]])
+    shown = torch.tensor([0.5, 1, 1, 1]).expand(1, 4, 4)
+    labels = TokenLabels(torch.tensor([1]), *one_class_map(), box, shown)
+    torch.testing.assert_close(probability(labels, 3), shown[0])
+
+
 def assert_class_alone(labels: TokenLabels) -> None:
     made = dense_targets(labels, 5, (2, 3), smoothing=0.1)
     for target in (made.cls[:, None, None], made.tokens):

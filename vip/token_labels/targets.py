@@ -102,7 +102,7 @@ def dense_targets(
         maps = labels.map_values[rows], labels.map_indices[rows]
         logits, coverage = pool_maps(*maps, labels.box[rows], num_classes, grid)
         if labels.shown is not None and grid == labels.shown.shape[1:]:  # fill says nothing of the class
-            coverage = coverage * labels.shown[rows]
+            coverage = torch.minimum(coverage, labels.shown[rows])  # fill mostly is what lies beyond the map, too
         return torch.lerp(of_class, logits.softmax(-1) * on + off, coverage[..., None])
 
     def mixed(grid: Grid, own: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -128,7 +128,7 @@ def pool_maps(
     """Average the logits of label maps over the tokens of a grid.
 
     Equals `torchvision.ops.roi_align(..., aligned=True)` of the maps scattered into `[B, K, H, W]` where the box has
-    sides parallel to the map's and lies on it. The logits are read at as many points of a token as it covers map cells
+    sides parallel to the map's, is at least a cell and lies on the map. The logits are read at as many points of a token as it covers map cells
     (at most as many as the whole map laid under the grid has), bilinearly, and points beyond the map do not count.
 
     Args:
@@ -144,7 +144,7 @@ def pool_maps(
     """
     B, _, H, W = values.shape
     length = (box[:, :, :2] * box.new_tensor([[W], [H]])).norm(dim=1)  # [B, 2] of the box's sides, in map cells
-    sides = box[:, :, :2] / length.clamp(max=1)[:, None]  # at least one cell, as roi_align has it
+    sides = box[:, :, :2] / length.clamp(max=1)[:, None]  # at least one cell, as published
     x, y, weight = _sample_points(torch.cat((sides, box[:, :, 2:]), 2), length.clamp(min=1), max(H, W), grid)
     weight = weight * ((x - 0.5).abs() <= 0.5 + _BORDER) * ((y - 0.5).abs() <= 0.5 + _BORDER)
     coverage = weight.sum((2, 4))
