@@ -58,7 +58,7 @@ def load_without_code(path: str | Path) -> Any:
     except FileNotFoundError:
         raise
     except Exception as e:  # bytes that torch has not written make its readers raise nearly anything
-        code = sorted(set(re.findall(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+\w)", str(e))))
+        code = sorted(set(re.findall(r"(?:GLOBAL |(?:class|function) (?=\w+\.))([\w.]*\w)", str(e))))
         if isinstance(e, pickle.UnpicklingError) and code:
             raise UnreadableFile(f"loading it would run code ({', '.join(code)})", code) from e
         # torch's own text would advise to allow code

@@ -19,10 +19,14 @@ CLASSES = ("blue", "green", "red", "yellow")
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy images of four colours: 40 to train on, 13 to validate on (a number no batch divides)."""
-    root = tmp_path_factory.mktemp("colours")
+    return write_colours(tmp_path_factory.mktemp("colours"), 40, 13)
+
+
+def write_colours(root: Path, train: int, val: int) -> Path:
+    """Write so many noisy images of four colours."""
     rng = np.random.default_rng(0)
     means = ((40, 40, 200), (40, 200, 40), (200, 40, 40), (200, 200, 40))
-    for split, count in (("train", 40), ("val", 13)):
+    for split, count in (("train", train), ("val", val)):
         for i in range(count):
             pixels = np.clip(rng.normal(means[i % 4], 40, (32, 32, 3)), 0, 255).astype(np.uint8)
             path = root / split / CLASSES[i % 4] / f"{i}.png"
