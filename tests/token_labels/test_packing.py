@@ -351,13 +351,13 @@ def test_shards_of_something_else(tmp_path: Path, changes: dict[str, Any]) -> No
     assert str(path) in refused(tmp_path)
 
 
-def test_every_flipped_bit_of_a_shard(tmp_path: Path) -> None:
+def test_flipped_bits_of_a_shard(tmp_path: Path) -> None:
     """A key that changed is a map that is missed, all else is refused or damaged: no map is another than it was."""
-    maps = write_packed(tmp_path, ["a/1", "bb/22"])
+    maps = write_packed(tmp_path, ["a/1", "bb/22"], shape=(1, 2, 2))
     path = shard_path(tmp_path, 0)
     whole = path.read_bytes()
     unnoticed = 0
-    for i in range(8 * len(whole)):
+    for i in range(0, 8 * len(whole), 3):  # every byte, each at other bits
         flipped = bytearray(whole)
         flipped[i // 8] ^= 1 << i % 8
         path.write_bytes(flipped)
