@@ -1,8 +1,9 @@
 # make demo: install, train a Vision Permutator on real images, validate it.   make test: install, run every test.
+# make demo-token-label: a teacher, its label maps, and students with and without them.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-gpu lint install clean
+.PHONY: demo demo-token-label test test-gpu lint install clean
 
 install: .venv/installed
 
@@ -16,6 +17,12 @@ demo: install
 	$(PY) -m vip make-digits data/digits
 	$(PY) train.py data/digits --config models/vip_nano4_32/digits.yaml --experiment demo
 	PYTHON=$(PY) bash eval.sh data/digits/val output/train/demo -j 1
+
+demo-token-label: install
+	rm -rf output/demo-token-label
+	$(PY) -m vip make-digits data/digits
+	$(PY) studies/token_labels.py data/digits --recipe models/vip_nano4_32/digits.yaml --epochs 20 --teacher-epochs 20 \
+		--students vip_nano4_32 --output output/demo-token-label
 
 test: install
 	$(PY) -m pytest

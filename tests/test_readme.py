@@ -7,8 +7,10 @@ import pytest
 
 from vip.cli.arguments import build_parser
 from vip.training.config import (
+    GENERATE_FLAGS_WITHOUT_EFFECT,
     TRAIN_FLAGS_WITHOUT_EFFECT,
     VALIDATE_FLAGS_WITHOUT_EFFECT,
+    GenerateConfig,
     TrainConfig,
     ValidateConfig,
 )
@@ -27,7 +29,7 @@ def test_flags_without_effect_are_listed_with_their_reasons():
             listed.update(dict.fromkeys(re.findall(r"`(--[\w-]+)`", flags), reason.replace("`", "")))
     expected = {
         flag.partition(" ")[0]: reason.replace("`", "")
-        for flags in (TRAIN_FLAGS_WITHOUT_EFFECT, VALIDATE_FLAGS_WITHOUT_EFFECT)
+        for flags in (TRAIN_FLAGS_WITHOUT_EFFECT, VALIDATE_FLAGS_WITHOUT_EFFECT, GENERATE_FLAGS_WITHOUT_EFFECT)
         for flag, reason in flags.items()
     }
     assert listed == expected
@@ -35,10 +37,11 @@ def test_flags_without_effect_are_listed_with_their_reasons():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_flags_in_documents_exist(path: Path):
-    known = {"--help", "--version", "--constraint"}
+    known = {"--help", "--version", "--constraint", "--standalone", "--nproc-per-node"}  # the last two are torchrun's
     for config, ignored in (
         (TrainConfig, TRAIN_FLAGS_WITHOUT_EFFECT),
         (ValidateConfig, VALIDATE_FLAGS_WITHOUT_EFFECT),
+        (GenerateConfig, GENERATE_FLAGS_WITHOUT_EFFECT),
     ):
         known |= set(build_parser(config, "vip", ignored)._option_string_actions)
     assert not {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text())} - known

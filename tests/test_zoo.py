@@ -1,6 +1,7 @@
 """The model zoo: recipes, model cards and published logs say what they should, and the same thing."""
 
 import csv
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_recipe_marks_what_was_not_published(model: str):
     unmarked = {name for name in values if "# ours: " not in lines[name]}
     assert {name: values[name] for name in unmarked} == {name: getattr(defaults, name) for name in unmarked}
     assert "drop_path" not in unmarked
+
+
+LVVIT_COMMANDS = {  # the published ones for 8 GPUs; their --apex-amp is float16 AMP in the recipes
+    "lvvit_s": "-b 128 --img-size 224 --drop-path 0.1 --model-ema",
+    "lvvit_m": "-b 128 --img-size 224 --drop-path 0.2 --model-ema",
+    "lvvit_l": "-b 128 --lr 1.e-3 --aa rand-n3-m9-mstd0.5-inc1 --img-size 224 --drop-path 0.3 --model-ema",
+}
+
+
+@pytest.mark.parametrize("model", LVVIT_COMMANDS)
+def test_lvvit_recipes_are_the_published_ones(model: str):
+    """Every option is that of the published command, or the published script's default, which --token-label brings."""
+    words = ["--model", model, "--token-label", *LVVIT_COMMANDS[model].split()]
+    published, _ = parse(TrainConfig, words, "train.py")
+    config, _ = parse(TrainConfig, ["--config", str(ZOO / model / "recipe.yaml")], "train.py")
+    assert config == dataclasses.replace(published, **S7_AMP, drop=0.0)
+    net = timm.create_model(model, device="meta")
+    assert fact(model, "parameters") == f"{sum(p.numel() for p in net.parameters()):,}"
+    assert fact(model, "crop_pct") == str(net.pretrained_cfg["crop_pct"])
+    assert fact(model, "blocks") == str(len(net.blocks))
+    assert fact(model, "channels, heads") == f"{net.embed_dim}, {net.blocks[0].attn.num_heads}"
+    assert fact(model, "divisor of the residual branches") == f"{net.blocks[0].residual_scale:.0f}"
 
 
 def test_flags_win_over_a_recipe():
