@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from label_maps import write_maps
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
@@ -71,6 +72,31 @@ def test_two_processes_accumulate_and_average_weights_as_one_does(colours: Path,
     done = start(ROOT / "distributed_train.sh", 2, colours, *OPTIONS, *together)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "two" / "run", alone)
+
+
+def test_two_processes_train_with_token_labels_as_one_does(colours: Path, tmp_path: Path):
+    maps = write_maps(colours / "train", tmp_path / "maps")
+    flags = ("--token-label", "--token-label-data", maps, "--token-label-size", 4, "--token-label-region", "image")
+    flags += ("--mix-token", 0, "--model-ema", "--model-ema-decay", 0.5)  # each process would draw boxes of its own
+    alone = train_alone(colours, tmp_path / "one", "-b", 16, *flags)
+    together = ("-b", 8, *flags, "--output", tmp_path / "two", "--experiment", "run")
+    done = start(ROOT / "distributed_train.sh", 2, colours, *OPTIONS, *together)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two" / "run", alone)
+
+
+def test_published_token_labeling_command_runs_with_fewer_processes(colours: Path, tmp_path: Path):
+    """The command for LV-ViT of the published README, on a small model, batch and number of epochs."""
+    maps = write_maps(colours / "train", tmp_path / "maps")
+    published = ("--apex-amp", "--drop-path", 0.1, "--token-label", "--token-label-data", maps, "--model-ema")
+    small = ("--model", "lvvit_nano4_32", "-b", 8, "--img-size", 32, "--token-label-size", 8, "--epochs", 2, "-j", 1)
+    short = ("--warmup-epochs", 0, "--cooldown-epochs", 0, "--output", tmp_path / "output")
+    done = start(ROOT / "distributed_train.sh", 2, colours, *published, *small, *short)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Label maps of 6x6 cells, 2 classes each, for 8x8 tokens") == 1
+    (folder,) = (tmp_path / "output").iterdir()
+    checked = start("bash", ROOT / "eval.sh", colours / "val", folder, "--device", "cpu", "-j", 0)
+    assert checked.returncode == 0 and "lvvit_nano4_32: top-1" in checked.stdout
 
 
 @pytest.mark.parametrize("processes", [2, 3])

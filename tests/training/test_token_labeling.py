@@ -11,12 +11,12 @@ import timm
 import torch
 import yaml
 from conftest import CLASSES, quick, write_colours
+from label_maps import write_maps
 from training_command import Outcome
 
 from vip.cli import main as vip
 from vip.cli.arguments import parse
 from vip.errors import UserError
-from vip.token_labels.maps import LabelMap, map_key, write_map
 from vip.token_labels.store import pack
 from vip.token_labels.targets import TokenLabels
 from vip.training.config import TRAIN_FLAGS_WITHOUT_EFFECT, TrainConfig
@@ -25,17 +25,6 @@ from vip.training.trainer import Trainer, train
 
 CPU = Runtime(torch.device("cpu"))
 LABELS = dict(token_label=True, token_label_region="image")
-
-
-def write_maps(images: Path, root: Path, grid: tuple[int, int] = (6, 6)) -> Path:
-    """Maps in which the class of the image leads in every cell, before one that is drawn."""
-    generator = torch.Generator().manual_seed(0)
-    for path in sorted(images.glob("*/*")):
-        first = torch.full((1, *grid), CLASSES.index(path.parent.name))
-        second = (first + torch.randint(1, 4, (1, *grid), generator=generator)) % 4
-        values = torch.tensor([4.0, 2.0]).view(2, 1, 1).expand(2, *grid)
-        write_map(root / f"{map_key(str(path))}.pt", LabelMap(values, torch.cat((first, second))))
-    return root
 
 
 @pytest.fixture(scope="module")
