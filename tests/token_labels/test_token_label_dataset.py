@@ -68,7 +68,12 @@ def plain(dataset: TokenLabelDataset) -> TokenLabelDataset:
 def load(dataset: TokenLabelDataset, workers: int = 0, collate: Any = default_collate) -> tuple[torch.Tensor, Any]:
     """All samples as one batch."""
     function = partial(collate_token_labels, collate)
-    batches = list(DataLoader(dataset, len(dataset) // 2, num_workers=workers, collate_fn=function))
+    iterator: Any = iter(DataLoader(dataset, len(dataset) // 2, num_workers=workers, collate_fn=function))
+    try:
+        batches = list(iterator)
+    finally:
+        if workers:
+            iterator._shutdown_workers()  # which takes ten seconds if it is left to the garbage collector
     labels = {
         name: torch.cat([getattr(labels, name) for _, labels in batches])
         for name in ("target", "map_values", "map_indices", "box", "shown")
