@@ -326,6 +326,7 @@ class VisionPermutator(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.use_aux_head = aux_head
         self.aux_head = nn.Linear(self.num_features, num_classes, **dd) if aux_head and num_classes > 0 else None
         self.init_weights()
 
@@ -400,9 +401,11 @@ class VisionPermutator(nn.Module):
             self.global_pool = _create_pool(global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.train(self.training)
-        if self.aux_head is not None:
-            self.aux_head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else None
+        has_aux_head = self.use_aux_head and num_classes > 0
+        self.aux_head = nn.Linear(self.num_features, num_classes, **dd) if has_aux_head else None
+        for head in (self.head, self.aux_head):
+            if head is not None:
+                head.train(self.training)
 
     def forward_intermediates(
         self,

@@ -71,10 +71,11 @@ class TokenLabelDataset(ReadableImageDataset):
                 f"The label maps in {maps.root} were made for other classes than the images have, for example {other}; "
                 "generate them with an annotator that was trained on the same class folders."
             )
-        if missing := sorted(known.keys() - maps.classes()):
+        folders = {map_key(name).rpartition("/")[0] for name in self.filenames()}
+        if missing := sorted(folders - maps.classes()):
             names = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
             raise UserError(
-                f"{maps.root} has no label maps for {len(missing)} of {len(known)} class folders: {names}; it has "
+                f"{maps.root} has no label maps for {len(missing)} of {len(folders)} class folders: {names}; it has "
                 f"{', '.join(sorted(maps.classes())[:3])}, ... Is it the right folder?"
             )
 

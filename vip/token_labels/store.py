@@ -1,8 +1,10 @@
 """Sets of label maps, whatever their layout: open, convert, check, compare."""
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,19 +47,20 @@ def pack(source: str | Path, target: str | Path, progress: Progress = iter) -> i
     Raises:
         UserError: If a map is damaged, or the target holds something.
     """
-    maps, target = open_label_maps(source), _empty_folder(target)
+    maps = open_label_maps(source)
     keys = list(maps.keys())
-    chunk: list[tuple[str, LabelMap]] = []
-    number = 0
-    for key, label_map in _read_all(maps, progress(keys)):
-        chunk.append((key, label_map))
-        if len(chunk) == SHARD_MAPS:
-            write_shard(shard_path(target, number), chunk)
-            chunk, number = [], number + 1
-    if chunk:
-        write_shard(shard_path(target, number), chunk)
-    if maps.record is not None:
-        maps.record.write(target)
+    with _new_folder(target) as folder:
+        chunk: list[tuple[str, LabelMap]] = []
+        number = 0
+        for key, label_map in _read_all(maps, progress(keys)):
+            chunk.append((key, label_map))
+            if len(chunk) == SHARD_MAPS:
+                write_shard(shard_path(folder, number), chunk)
+                chunk, number = [], number + 1
+        if chunk:
+            write_shard(shard_path(folder, number), chunk)
+        if maps.record is not None:
+            maps.record.write(folder)
     return len(keys)
 
 
@@ -67,17 +70,18 @@ def unpack(source: str | Path, target: str | Path, progress: Progress = iter) ->
     Raises:
         UserError: As `pack`, or if a map names a class that the published layout cannot hold.
     """
-    maps, target = open_label_maps(source), _empty_folder(target)
+    maps = open_label_maps(source)
     keys = list(maps.keys())
-    for key, label_map in _read_all(maps, progress(keys)):
-        if (highest := int(label_map.indices.max())) > EXACT_CLASSES:
-            raise UserError(
-                f"The label map {maps.root / key} names class {highest}; the published layout holds indices up to "
-                f"{EXACT_CLASSES} exactly, keep these maps packed."
-            )
-        write_map(target / f"{key}.pt", label_map)
-    if maps.record is not None:
-        maps.record.write(target)
+    with _new_folder(target) as folder:
+        for key, label_map in _read_all(maps, progress(keys)):
+            if (highest := int(label_map.indices.max())) > EXACT_CLASSES:
+                raise UserError(
+                    f"The label map {maps.root / key} names class {highest}; the published layout holds indices up to "
+                    f"{EXACT_CLASSES} exactly, keep these maps packed."
+                )
+            write_map(folder / f"{key}.pt", label_map)
+        if maps.record is not None:
+            maps.record.write(folder)
     return len(keys)
 
 
@@ -91,11 +95,22 @@ def _read_all(maps: LabelMaps, keys: Iterable[str]) -> Iterator[tuple[str, Label
         yield key, label_map
 
 
-def _empty_folder(path: str | Path) -> Path:
+@contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a folder to write to, which becomes `path` once everything is in it."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} holds something already; name a folder that is yet to be.")
-    return path
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as e:
+        raise UserError(f"Cannot write to {path} ({e.strerror}); make room, or name another folder.") from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @dataclass
@@ -194,7 +209,7 @@ def read_rate(root: str | Path, seconds: float) -> ReadRate:
     """Read maps in random order for a while, in one process.
 
     Raises:
-        UserError: If there are no maps.
+        UserError: If there are no maps, or one is damaged.
     """
     maps = open_label_maps(root)
     keys = list(maps.keys())
@@ -202,7 +217,11 @@ def read_rate(root: str | Path, seconds: float) -> ReadRate:
     order = random.Random(0)
     read, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
-        maps.read(order.choice(keys))
+        key = order.choice(keys)
+        try:
+            maps.read(key)
+        except DamagedMap as e:
+            raise UserError(f"The label map {maps.root / key} is damaged ({e}); see vip label-maps check.") from e
         read += 1
     layout = "packed" if isinstance(maps, PackedMaps) else "published"
     return ReadRate(layout, len(keys), len(files), sum(file.stat().st_size for file in files), read / spent)
