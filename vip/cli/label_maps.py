@@ -2,15 +2,17 @@
 
 import argparse
 import sys
+import typing
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
 from vip.data.config import DatasetConfig
 from vip.data.datasets import ReadableImageDataset, create_split
-from vip.token_labels.maps import map_key
+from vip.errors import UserError
+from vip.token_labels.maps import DamagedMap, map_key
 from vip.token_labels.store import CheckReport, check, pack, read_rate, unpack
+from vip.training.generation import training_split
 
 
 def main(argv: list[str]) -> int:
@@ -25,20 +27,34 @@ def main(argv: list[str]) -> int:
         print("| label maps | layout | maps | bytes a map | files | maps a second |")
         print("| :--- | :--- | ---: | ---: | ---: | ---: |")
         for folder in args.folder:
-            rate = read_rate(folder, args.seconds)
+            try:
+                rate = read_rate(folder, args.seconds)
+            except DamagedMap as e:
+                raise UserError(f"{folder} holds a damaged label map ({e}); `vip label-maps check` names it.") from e
             print(
                 f"| {folder} | {rate.layout} | {rate.maps} | {rate.bytes / rate.maps:,.0f} | {rate.files} "
                 f"| {rate.maps_per_second:,.0f} |"
             )
         return 0
     convert = pack if args.action == "pack" else unpack
-    count = convert(args.source, args.target, progress)
+    try:
+        count = convert(args.source, args.target, progress)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"Cannot write {args.target} ({reason}); once it can be, remove it and begin again.") from e
     print(f"{count} label maps written to {args.target}")
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError`."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help lists what there is)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vip label-maps", description=__doc__)
+    parser = _Parser(prog="vip label-maps", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, text in (("pack", "write a few large files"), ("unpack", "write a file an image, as published")):
         action = actions.add_parser(name, help=text, description=f"Convert label maps: {text}.")
@@ -55,8 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _image_keys(folder: str) -> list[str]:
-    split = "train" if (Path(folder) / "train").is_dir() else "validation"
-    images = create_split(DatasetConfig(data=folder), split, is_training=False)
+    images = create_split(DatasetConfig(data=folder), training_split(folder), is_training=False)
     assert isinstance(images, ReadableImageDataset)
     return [map_key(name) for name in images.filenames()]
 

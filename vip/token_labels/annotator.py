@@ -35,7 +35,7 @@ class Annotator(nn.Module):
     def __init__(self, model: Any, input_size: tuple[int, ...], top_k: int = 5) -> None:
         super().__init__()
         if model.num_classes < top_k:
-            raise UserError(f"--top-k is {top_k}, but the annotator has {model.num_classes} classes.")
+            raise UserError(f"--top-k is {top_k}, but the annotator has {model.num_classes} classes: give no more.")
         self.layout = find_tokens(model, input_size)
         self.model, self.top_k = model.eval(), top_k
 

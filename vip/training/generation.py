@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,19 +16,28 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from timm.utils import random_seed
 
-from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, unreadable_files
+from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, split_folder, unreadable_files
 from vip.data.loaders import create_eval_loader
 from vip.errors import UserError
 from vip.reporting.logs import setup_logging
 from vip.reporting.progress import ProgressBar
 from vip.token_labels.annotator import Annotation, Annotator, averages
 from vip.token_labels.geometry import Region
-from vip.token_labels.maps import EXACT_CLASSES, FolderMaps, LabelMap, MapRecord, map_key, write_map
-from vip.token_labels.packing import SHARD_MAPS, shard_path, shards_in, write_shard
+from vip.token_labels.maps import (
+    EXACT_CLASSES,
+    DamagedMap,
+    FolderMaps,
+    LabelMap,
+    LabelMaps,
+    MapRecord,
+    map_key,
+    write_map,
+)
+from vip.token_labels.packing import SHARD_MAPS, PackedMaps, shard_path, shards_in, write_shard
 from vip.training.config import GenerateConfig
 from vip.training.engine import gather_metrics
 from vip.training.factory import check_compile_backend, resolve_data_config
-from vip.training.runtime import Precision, Runtime, leave_together, setup_precision, setup_runtime
+from vip.training.runtime import Precision, Runtime, all_reduce_sum, leave_together, setup_precision, setup_runtime
 from vip.training.validation import check_classes, load_model
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +57,7 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
         raise UserError("Name an annotator: --checkpoint PATH, or --model NAME --pretrained.")
     runtime = setup_runtime(config.device, workers=config.workers)
     setup_logging(runtime.is_primary)
-    random_seed(config.seed, runtime.rank)
+    random_seed(config.seed)  # the same in all processes, which have to agree on weights that no file holds
     config, model, checkpoint, source = load_model(config, config.checkpoint, given)
     if not (config.checkpoint or config.pretrained):
         _logger.warning(f"{config.model} has random weights: add --pretrained or --checkpoint for maps to learn from.")
@@ -59,7 +69,7 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
         model = model.to(memory_format=torch.channels_last)
     annotator = Annotator(model, data_config["input_size"], config.top_k)
     _describe(annotator, data_config, source)
-    writer = _open_writer(config, images, runtime)
+    writer = _open_writer(config, images, annotator, runtime)
     _write_record(config, annotator, images, data_config, runtime)
     precision = setup_precision(config, runtime.device)
     if precision.apex_amp is not None:
@@ -68,11 +78,23 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
     leave_together(runtime)
 
 
+def training_split(root: str | None) -> str:
+    """The split of the training images: that of its name, unless the folder itself holds the class folders."""
+    if not root or not os.path.isdir(root):
+        return "train"
+    try:
+        split_folder(root, "train")
+    except UserError:
+        with suppress(UserError):
+            if split_folder(root, "validation") == root:
+                return "validation"
+    return "train"
+
+
 def _open_images(config: GenerateConfig, data_config: dict[str, Any]) -> "IndexedImages":
-    split = config.split or ("train" if os.path.isdir(os.path.join(config.data or "", "train")) else "validation")
     dataset = create_split(
         config,
-        split,
+        config.split or training_split(config.data),
         is_training=False,
         max_bad_images=config.max_bad_images,
         in_chans=data_config["input_size"][0],
@@ -139,6 +161,7 @@ def _write_record(
             f"{root} holds label maps that were made otherwise ({', '.join(differ)} in label_maps.json): name another "
             "folder, or repeat the command they were made with."
         )
+    _check_maps_there(root, there, (annotator.top_k, *annotator.layout.grid))
     if runtime.distributed:
         dist.barrier()
     if runtime.is_primary and there is None:
@@ -148,29 +171,47 @@ def _write_record(
             raise UserError(f"Cannot write to {root} ({e.strerror}); name another folder.") from e
 
 
+def _check_maps_there(root: Path, record: MapRecord | None, shape: tuple[int, ...]) -> None:
+    """Refuse to go on with maps of another shape, or of another origin."""
+    if not root.is_dir():
+        return
+    maps: LabelMaps = PackedMaps(root) if shards_in(root) else FolderMaps(root)
+    if (key := next(iter(maps.keys()), None)) is None:
+        return
+    if record is None:
+        raise UserError(f"{root} holds label maps of another origin, without label_maps.json: name another folder.")
+    with suppress(DamagedMap):
+        if (label_map := maps.read(key)) is not None and label_map.values.shape != shape:
+            raise UserError(
+                f"{root} holds label maps of {list(label_map.values.shape)}, these would be {list(shape)}: name "
+                "another folder, or repeat the command they were made with."
+            )
+
+
 class Writer(Protocol):
     """Where label maps go."""
 
     pending: list[int]  # indices of this process's images that have no map yet
+    there: int  # number of maps that were there
 
     def write(self, labelled: Iterator[Labelled]) -> None:
         """Write maps, which come in the order of `pending`."""
 
 
-def _open_writer(config: GenerateConfig, images: IndexedImages, runtime: Runtime) -> Writer:
+def _open_writer(config: GenerateConfig, images: IndexedImages, annotator: Annotator, runtime: Runtime) -> Writer:
     root = Path(str(config.token_label_root))
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file, expected a folder to write label maps to.")
+    lowest = next(path for path in (root, *root.parents) if path.exists())
+    if not lowest.is_dir():
+        raise UserError(f"{lowest} is a file, expected a folder to write label maps to.")
     if config.format == "packed":
         if root.is_dir() and FolderMaps(root).classes():
             raise UserError(f"{root} holds maps in the published layout: name another folder, or leave out --format.")
         return PackedWriter(root, images.keys, runtime)
     if root.is_dir() and shards_in(root):
         raise UserError(f"{root} holds packed maps: name another folder, or add --format packed.")
-    known = class_to_idx(images)
-    if known and len(known) > EXACT_CLASSES:
+    if (classes := annotator.model.num_classes) > EXACT_CLASSES:
         raise UserError(
-            f"The published layout holds class indices up to {EXACT_CLASSES} exactly, and there are {len(known)} "
+            f"The published layout holds class indices up to {EXACT_CLASSES} exactly, and the annotator has {classes} "
             "classes: add --format packed."
         )
     return FolderWriter(root, images.keys, runtime)
@@ -183,7 +224,7 @@ class FolderWriter:
         self.root = root
         done = set(FolderMaps(root).keys()) if root.is_dir() else set()
         pending = [i for i, key in enumerate(keys) if key not in done]
-        self.pending = pending[runtime.rank :: runtime.world_size]
+        self.pending, self.there = pending[runtime.rank :: runtime.world_size], len(keys) - len(pending)
 
     def write(self, labelled: Iterator[Labelled]) -> None:
         """See `Writer`."""
@@ -192,18 +233,21 @@ class FolderWriter:
             for _, key, label_map in labelled:
                 writes.append(pool.submit(write_map, self.root / f"{key}.pt", label_map))
                 if len(writes) >= 512:
-                    _finish(writes)
-            _finish(writes)
+                    self._finish(writes)
+            self._finish(writes)
+
+    def _finish(self, writes: list[Future]) -> None:
+        try:
+            for write in writes:
+                write.result()
+        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+            raise _cannot_write(self.root, e) from e
+        writes.clear()
 
 
-def _finish(writes: list[Future]) -> None:
-    try:
-        for write in writes:
-            write.result()
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"Cannot write label maps ({reason}); make room, then repeat the command to go on.") from e
-    writes.clear()
+def _cannot_write(root: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"Cannot write label maps to {root} ({reason}); once it can be, repeat the command to go on.")
 
 
 class PackedWriter:
@@ -211,9 +255,22 @@ class PackedWriter:
 
     def __init__(self, root: Path, keys: Sequence[str], runtime: Runtime) -> None:
         self.root = root
-        shards = range(0, -(-len(keys) // SHARD_MAPS))
-        pending = [n for n in shards if not shard_path(root, n).exists()][runtime.rank :: runtime.world_size]
-        self.pending = [i for n in pending for i in range(n * SHARD_MAPS, min((n + 1) * SHARD_MAPS, len(keys)))]
+        shards = [range(i, min(i + SHARD_MAPS, len(keys))) for i in range(0, len(keys), SHARD_MAPS)]
+        there = [n for n in range(len(shards)) if shard_path(root, n).exists()]
+        done = set(PackedMaps(root).keys()) if shards_in(root) else set()
+        expected = {keys[i] for n in there for i in shards[n]}
+        if done - expected:
+            raise UserError(
+                f"{root} holds packed maps of other images, or in another order, such as {min(done - expected)}: name "
+                "another folder."
+            )
+        if (missing := sorted(expected - done)) and runtime.is_primary:
+            _logger.warning(
+                f"{len(missing)} images have no map in the shards that are there, as they could not be read or were "
+                f"added since: {', '.join(missing[:5])}. A shard that is removed is made again."
+            )
+        pending = [n for n in range(len(shards)) if n not in there][runtime.rank :: runtime.world_size]
+        self.pending, self.there = [i for n in pending for i in shards[n]], len(done)
 
     def write(self, labelled: Iterator[Labelled]) -> None:
         """See `Writer`."""
@@ -221,9 +278,7 @@ class PackedWriter:
             try:
                 write_shard(shard_path(self.root, number), [(key, label_map) for _, key, label_map in maps])
             except OSError as e:
-                raise UserError(
-                    f"Cannot write label maps to {self.root} ({e.strerror}); make room, then repeat the command."
-                ) from e
+                raise _cannot_write(self.root, e) from e
 
 
 def _annotate(
@@ -251,14 +306,14 @@ def _annotate(
         annotate = torch.compile(annotator, backend=config.torchcompile, mode=config.torchcompile_mode)
     with ProgressBar("Label maps", len(loader), config.log_freq, runtime.device, not runtime.is_primary) as progress:
         writer.write(_labelled(annotate, loader, images, config, runtime, precision, (own, mean), progress))
-    if skipped := unreadable_files(images):
+    images.unreadable = all_reduce_sum(images.unreadable.int().to(runtime.device), runtime) > 0
+    if runtime.is_primary and (skipped := unreadable_files(images)):
         _logger.warning(f"{len(skipped)} unreadable images have no label map: {', '.join(skipped[:5])}")
     result, of_maps = gather_metrics(own, runtime), gather_metrics(mean, runtime)
-    there = len(images) - result.count - len(skipped)
-    _logger.info(
-        f"{result.count} label maps written, {max(there, 0)} were there. Annotator: top-1 {result.top1:.3f}, top-5 "
-        f"{result.top5:.3f}; average of its maps: top-1 {of_maps.top1:.3f}"
+    accuracy = (
+        f" Annotator: top-1 {result.top1:.3f}, top-5 {result.top5:.3f}; average of its maps: top-1 {of_maps.top1:.3f}"
     )
+    _logger.info(f"{result.count} label maps written, {writer.there} were there.{accuracy if result.count else ''}")
 
 
 @torch.inference_mode()
