@@ -10,7 +10,7 @@ from tqdm import tqdm
 from vip.data.config import DatasetConfig
 from vip.data.datasets import ReadableImageDataset, create_split
 from vip.errors import UserError
-from vip.token_labels.maps import DamagedMap, map_key
+from vip.token_labels.maps import map_key
 from vip.token_labels.store import CheckReport, check, pack, read_rate, unpack
 from vip.training.generation import training_split
 
@@ -27,10 +27,7 @@ def main(argv: list[str]) -> int:
         print("| label maps | layout | maps | bytes a map | files | maps a second |")
         print("| :--- | :--- | ---: | ---: | ---: | ---: |")
         for folder in args.folder:
-            try:
-                rate = read_rate(folder, args.seconds)
-            except DamagedMap as e:
-                raise UserError(f"{folder} holds a damaged label map ({e}); `vip label-maps check` names it.") from e
+            rate = read_rate(folder, args.seconds)
             print(
                 f"| {folder} | {rate.layout} | {rate.maps} | {rate.bytes / rate.maps:,.0f} | {rate.files} "
                 f"| {rate.maps_per_second:,.0f} |"
@@ -39,9 +36,9 @@ def main(argv: list[str]) -> int:
     convert = pack if args.action == "pack" else unpack
     try:
         count = convert(args.source, args.target, progress)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"Cannot write {args.target} ({reason}); once it can be, remove it and begin again.") from e
+    except RuntimeError as e:  # as which torch reports a full disk
+        reason = str(e).splitlines()[0]
+        raise UserError(f"Cannot write to {args.target} ({reason}); make room, or name another folder.") from e
     print(f"{count} label maps written to {args.target}")
     return 0
 

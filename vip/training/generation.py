@@ -59,7 +59,7 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
     setup_logging(runtime.is_primary)
     random_seed(config.seed)  # the same in all processes, which have to agree on weights that no file holds
     config, model, checkpoint, source = load_model(config, config.checkpoint, given)
-    if not (config.checkpoint or config.pretrained):
+    if runtime.is_primary and not (config.checkpoint or config.pretrained):
         _logger.warning(f"{config.model} has random weights: add --pretrained or --checkpoint for maps to learn from.")
     data_config = resolve_data_config(model, config)
     images = _open_images(config, data_config)
