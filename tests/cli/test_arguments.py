@@ -66,7 +66,7 @@ def published() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-WITHOUT_EFFECT = {"--local_rank", "--split-bn", "--num-gpu", "--use-multi-epochs-loader", "--legacy-jit", "--transfer"}
+WITHOUT_EFFECT = {"--local_rank", "--split-bn", "--num-gpu", "--use-multi-epochs-loader", "--legacy-jit"}
 RENAMED = {"jsd": "jsd_loss", "b": "batch_size", "wd": "weight_decay"}  # as timm 1.x names them
 SAMPLES = {  # words where the kind alone does not tell what is allowed
     "--sched": "tanh",
@@ -174,7 +174,6 @@ OTHER_DEFAULTS = {
         "--split": "train/ where there is one, else the folder",
         "--use-ema": "where the checkpoint has averaged weights",
         "--num-gpu": "without effect",
-        "--transfer": "without effect",
         "--legacy-jit": "without effect",
     },
 }
@@ -264,7 +263,7 @@ def test_flags_of_timm(words: str, name: str, value: Any) -> None:
         *((train, f) for f in ("--local_rank 1", "--local_rank=1", "--local-rank 1", "--split-bn", "--num-gpu 4")),
         *((train, f) for f in ("--use-multi-epochs-loader", "--worker-seeding all", "--amp-impl native", "--fuser te")),
         *((validate, f) for f in ("--legacy-jit", "--fuser te")),
-        *((generate, f) for f in ("--legacy-jit", "--num-gpu 2", "--torchscript", "--transfer")),
+        *((generate, f) for f in ("--legacy-jit", "--num-gpu 2", "--torchscript")),
     ],
 )
 def test_flags_without_effect(

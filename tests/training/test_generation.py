@@ -31,6 +31,7 @@ import vip.models  # noqa: F401  # registers them
 from vip.token_labels.geometry import Region
 from vip.token_labels.maps import LabelMap, LabelMaps, MapRecord, write_map
 from vip.token_labels.store import open_label_maps
+from vip.training.generation import fingerprint
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -244,7 +245,8 @@ def test_maps_hold_the_strongest_outputs_of_the_classifier_as_a_convolution(
     generate: Generate, pictures: Path, tmp_path: Path, teacher: Teacher
 ) -> None:
     maps = generate(pictures, tmp_path / "out", *teacher.save(tmp_path / "weights.pth"), "--crop-pct", 0.8)
-    assert maps.record == MapRecord(Region(teacher.size, 0.8, "center"), 7, list(NAMES), teacher.name)
+    weights = fingerprint(teacher.create())
+    assert maps.record == MapRecord(Region(teacher.size, 0.8, "center"), 7, list(NAMES), teacher.name, weights)
     images = load(pictures / "train", teacher.size, 0.8, "center")
     assert set(maps.keys()) == set(images) == {f"{NAMES[i % 7]}/{i}" for i in range(14)}
     logits = dense_logits(teacher, teacher.create(), torch.stack(list(images.values())))
@@ -303,11 +305,13 @@ def test_the_record_says_what_part_of_the_images_the_maps_cover(
     ):
         maps = generate(image_folder, tmp_path / name, "--checkpoint", trained_run, "--top-k", 3, *flags)
         assert maps.record.region == region
+        assert len(maps.record.weights) == 16
         assert json.loads((tmp_path / name / "label_maps.json").read_text()) == {
             "region": {"img_size": list(region.img_size), "crop_pct": region.crop_pct, "crop_mode": region.crop_mode},
             "num_classes": 3,
             "classes": ["blue", "green", "red"],
             "model": "vip_nano4_32",
+            "weights": maps.record.weights,
         }
 
 
@@ -382,13 +386,32 @@ def test_averaged_weights(generate: Generate, pictures: Path, tmp_path: Path) ->
     torch.testing.assert_close(difference, torch.arange(7.0)[:, None, None].expand(7, 2, 3), rtol=0, atol=1e-2)
 
 
+def test_without_a_checkpoint_the_weights_are_timms(refuses: Callable[..., str]) -> None:
+    """As of the published generator; ours has none for its own models."""
+    message = refuses("--model", "vip_nano4_32", "--num-classes", 3, checkpoint=None)
+    says(message, "Cannot create vip_nano4_32", "pretrained")
+
+
+def test_transfer_annotates_images_of_other_classes(
+    generate: Generate, refuses: Callable[..., str], image_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Nothing can be said of accuracy then, and the record names no classes."""
+    torch.save(timm.create_model("resnet18", num_classes=2).state_dict(), tmp_path / "two.pth")
+    flags = ("--model", "resnet18", "--checkpoint", tmp_path / "two.pth", "--img-size", 64, "--top-k", 2)
+    says(refuses(*flags, checkpoint=None), "has 3 classes and the model 2")
+    maps = generate(image_folder, tmp_path / "maps", *flags, "--transfer")
+    assert generate.log[-1] == "36 label maps written, 0 were there."
+    assert maps.record is not None and maps.record.classes is None and maps.record.num_classes == 2
+    assert set(maps.keys()) == keys_of(image_folder / "train")
+
+
 def test_random_weights_are_warned_of_and_the_same_in_every_run(
     generate: Generate, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flags = ("--model", "resnet18", "--num-classes", 7, "--top-k", 7, "--img-size", 64)
+    flags = ("--model", "resnet18", "--no-pretrained", "--num-classes", 7, "--top-k", 7, "--img-size", 64)
     maps = [generate(pictures, tmp_path / name, *flags) for name in ("a", "b")]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1 and "resnet18 has random weights" in warnings[0] and "--pretrained" in warnings[0]
+    assert len(warnings) == 1 and "resnet18 has random weights" in warnings[0] and "--no-pretrained" in warnings[0]
     assert_close(*maps)
 
 
@@ -670,7 +693,17 @@ def test_any_number_of_processes_gives_the_maps_that_one_gives(
     """From nothing, and going on after one process; the annotator is wrong at times, and some images unreadable."""
     for name in ("green/green4.jpg", "red/red9.png"):
         (copy / "train" / name).write_bytes(b"no image")
-    flags = ("--model", "vip_nano4_32", "--num-classes", 3, "--top-k", 3, "-b", 4)  # random weights, the same in all
+    flags = (
+        "--model",
+        "vip_nano4_32",
+        "--no-pretrained",
+        "--num-classes",
+        3,
+        "--top-k",
+        3,
+        "-b",
+        4,
+    )  # random weights, the same in all
     runs, expected = [], {}
     for layout in LAYOUTS:
         expected[layout] = generate(copy, tmp_path / layout, *flags, "--format", layout)
@@ -733,7 +766,7 @@ def test_classes_that_differ(refuses: Callable[..., str], copy: Path, tmp_path: 
     says(refuses(data=pictures), pictures, "7 classes", "model 3")
     (copy / "train" / "red").rename(copy / "train" / "crimson")
     says(refuses(data=copy), copy, "other classes", "crimson")
-    says(refuses("--model", "resnet18", checkpoint=None), "3 classes", "model 1000")
+    says(refuses("--model", "resnet18", "--no-pretrained", checkpoint=None), "3 classes", "model 1000")
     assert not (tmp_path / "out").exists()
 
 
@@ -744,7 +777,7 @@ def test_more_classes_to_keep_than_there_are(refuses: Callable[..., str], tmp_pa
 
 
 def test_a_model_without_tokens(refuses: Callable[..., str], tmp_path: Path) -> None:
-    flags = ("--model", "pit_ti_224", "--num-classes", 3)
+    flags = ("--model", "pit_ti_224", "--no-pretrained", "--num-classes", 3)
     says(refuses(*flags, checkpoint=None), "pit_ti_224 has no tokens to label", "expected [1, C, H, W]")
     assert not (tmp_path / "out").exists()
 
@@ -799,12 +832,14 @@ def test_maps_that_were_made_otherwise(
     resnet = RESNET.create()
     resnet.reset_classifier(3)
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    torch.save(timm.create_model("vip_nano4_32", num_classes=3).state_dict(), tmp_path / "another.pth")
     for changed, what in (
         (["--crop-pct", 0.9], "region"),
         (["--crop-mode", "squash"], "region"),
         (["--img-size", 48], "region"),
         (["--class-map", tmp_path / "names.txt"], "classes"),
         (["--checkpoint", tmp_path / "resnet18.pth", *other, "--crop-pct", 1], "model"),
+        (["--checkpoint", tmp_path / "another.pth", "--model", "vip_nano4_32", "--crop-pct", 1], "weights"),
     ):
         message = refuses("--format", layout, *changed)
         says(message, tmp_path / "out", "made otherwise", f"({what} in label_maps.json)", "name another folder")

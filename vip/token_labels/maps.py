@@ -44,12 +44,14 @@ class MapRecord:
         num_classes: Classes of the annotator, None if unknown.
         classes: Their names in order, None if unknown.
         model: The annotator.
+        weights: Fingerprint of its weights.
     """
 
     region: Region
     num_classes: int | None = None
     classes: list[str] | None = None
     model: str = ""
+    weights: str = ""
 
     def write(self, root: Path) -> None:
         """Write `label_maps.json` into a folder of maps."""

@@ -129,8 +129,8 @@ def pool_maps(
 
     Equals `torchvision.ops.roi_align(..., aligned=True)` of the maps scattered into `[B, K, H, W]` where the box lies
     on the map, has sides parallel to the map's, and is no smaller than a cell; a smaller one is taken to be a cell, as
-    in the published code. The logits are read at as many points of a token as it covers map cells (at most as many as the
-    whole map laid under the grid has), bilinearly, and points beyond the map do not count.
+    in the published code. The logits are read at as many points of a token as it covers map cells (at most as many as
+    the whole map laid under the grid has), bilinearly, and points beyond the map do not count.
 
     Args:
         values: The k strongest logits of each cell, `[B, k, H, W]`.

@@ -218,7 +218,6 @@ class EvaluationConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, 
 
     alternatives = ({"data", "data_dir"}, {"img_size", "input_size"}, {"amp", "native_amp", "apex_amp"})
 
-    num_samples: int | None = option(None, "images of the split, for streamed data sets")
     batch_size: int = option(256, "batch size", "-b", metavar="N", low=1)
     workers: int = option(4, "loader processes", "-j", metavar="N")
     use_ema: bool | None = option(None, "use the averaged weights (default: where the checkpoint has them)")
@@ -235,6 +234,7 @@ class ValidateConfig(EvaluationConfig):
         [], "a checkpoint, a folder of a run, or a quoted glob pattern; may be repeated", metavar="PATH", append=True
     )
     split: str = option("validation", "split to validate on")
+    num_samples: int | None = option(None, "images of the split, for streamed data sets")
     real_labels: str = option("", "ImageNet ReaL labels, any of which is right", metavar="FILE")
     valid_labels: str = option("", "only these class indices can be predicted, one a line", metavar="FILE")
     tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
@@ -253,6 +253,7 @@ class GenerateConfig(EvaluationConfig):
     model: str = option("", "annotator: any timm model with spatial features or tokens", "-m")
     checkpoint: str = option("", "its checkpoint, or the folder of a run", metavar="PATH")
     split: str = option("", "split to annotate (default: train/ of DATA where there is one, else DATA itself)")
+    transfer: bool = option(False, "the images are of other classes than the annotator's: do not compare them")
     top_k: int = option(5, "classes to keep of each cell", metavar="N", low=1)
     format: str = option(
         "published", "a file an image, as published; or packed into a few", choices=("published", "packed")
@@ -275,7 +276,6 @@ GENERATE_FLAGS_WITHOUT_EFFECT = {
     "--num-gpu N": "the number of processes decides, see distributed_train.sh",
     "--torchscript": "the annotator's features are read inside the model",
     "--legacy-jit": "torch has one TorchScript executor today",
-    "--transfer": "the annotator's classifier is used as it is, whatever data it was trained on",
 }
 VALIDATE_FLAGS_WITHOUT_EFFECT = {
     "--legacy-jit": "torch has one TorchScript executor today",

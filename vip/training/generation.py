@@ -1,6 +1,7 @@
 """Label maps for a data set, by an annotator: resumable, in one process or many."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 from timm.utils import random_seed
+from torch import nn
 
 from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, split_folder, unreadable_files
 from vip.data.loaders import create_eval_loader
@@ -55,15 +57,18 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
         raise UserError("Name two folders: the one with the images, and the one to write label maps to.")
     if not (config.checkpoint or config.model):
         raise UserError("Name an annotator: --checkpoint PATH, or --model NAME --pretrained.")
+    if not config.checkpoint and "pretrained" not in given:
+        config = dataclasses.replace(config, pretrained=True)  # as the published generator
     runtime = setup_runtime(config.device, workers=config.workers)
     setup_logging(runtime.is_primary)
     random_seed(config.seed)  # the same in all processes, which have to agree on weights that no file holds
     config, model, checkpoint, source = load_model(config, config.checkpoint, given)
     if runtime.is_primary and not (config.checkpoint or config.pretrained):
-        _logger.warning(f"{config.model} has random weights: add --pretrained or --checkpoint for maps to learn from.")
+        _logger.warning(f"{config.model} has random weights: leave out --no-pretrained, or give a --checkpoint.")
     data_config = resolve_data_config(model, config)
     images = _open_images(config, data_config)
-    check_classes(images, config, model, checkpoint)
+    if not config.transfer:
+        check_classes(images, config, model, checkpoint)
     model = model.to(runtime.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -151,12 +156,14 @@ def _write_record(
     record = MapRecord(
         Region(size, crop_pct, crop_mode),
         num_classes=annotator.model.num_classes,
-        classes=sorted(known, key=known.__getitem__) if known and not config.class_map else None,
+        classes=sorted(known, key=known.__getitem__) if known and not (config.class_map or config.transfer) else None,
         model=config.model,
+        weights=fingerprint(annotator.model),
     )
     there = MapRecord.read(root)
     if there is not None and there != record:
         differ = [f.name for f in dataclasses.fields(record) if getattr(there, f.name) != getattr(record, f.name)]
+        differ = [name for name in differ if name != "weights"] or differ  # which another size resamples
         raise UserError(
             f"{root} holds label maps that were made otherwise ({', '.join(differ)} in label_maps.json): name another "
             "folder, or repeat the command they were made with."
@@ -169,6 +176,15 @@ def _write_record(
             record.write(root)
         except OSError as e:
             raise UserError(f"Cannot write to {root} ({e.strerror}); name another folder.") from e
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _check_maps_there(root: Path, record: MapRecord | None, shape: tuple[int, ...]) -> None:
@@ -310,10 +326,11 @@ def _annotate(
     if runtime.is_primary and (skipped := unreadable_files(images)):
         _logger.warning(f"{len(skipped)} unreadable images have no label map: {', '.join(skipped[:5])}")
     result, of_maps = gather_metrics(own, runtime), gather_metrics(mean, runtime)
+    written = int(all_reduce_sum(torch.tensor(progress.images, device=runtime.device), runtime))
     accuracy = (
         f" Annotator: top-1 {result.top1:.3f}, top-5 {result.top5:.3f}; average of its maps: top-1 {of_maps.top1:.3f}"
     )
-    _logger.info(f"{result.count} label maps written, {writer.there} were there.{accuracy if result.count else ''}")
+    _logger.info(f"{written} label maps written, {writer.there} were there.{accuracy if result.count else ''}")
 
 
 @torch.inference_mode()
@@ -337,10 +354,13 @@ def _labelled(
             batch = batch.contiguous(memory_format=torch.channels_last)
         with precision.autocast():
             annotation = annotator(batch)
-        for evaluator, logits in zip(evaluators, (annotation.logits, annotation.mean_logits), strict=True):
-            evaluator.update(logits, target)
+        if not config.transfer:
+            for evaluator, logits in zip(evaluators, (annotation.logits, annotation.mean_logits), strict=True):
+                evaluator.update(logits, target)
         values, indices = annotation.values.half().cpu(), annotation.indices.int().cpu()
-        progress.update(len(batch), **(evaluators[0].summary() if progress.wants_values(i) else {}))
+        progress.update(
+            len(batch), **(evaluators[0].summary() if not config.transfer and progress.wants_values(i) else {})
+        )
         for image, *label_map in zip(index.tolist(), values, indices, strict=True):
             if not label_map[0].isfinite().all():
                 raise UserError(
