@@ -14,7 +14,7 @@ from torch import nn
 
 from vip.errors import UserError
 from vip.models.vision_permutator import VisionPermutator
-from vip.token_labels.dense import DenseClassifier, TokenLayout, find_tokens, is_training_aid
+from vip.token_labels.dense import DenseClassifier, TokenLayout, find_tokens
 
 # options, input height and width, layout
 MODELS: dict[str, tuple[dict[str, Any], tuple[int, int], TokenLayout]] = {
@@ -222,7 +222,7 @@ def test_layouts(features: Any, attributes: dict[str, Any], layout: TokenLayout 
 
 def test_a_failing_search_leaves_the_mode() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1).train()
-    with pytest.raises(AssertionError, match="height"):
+    with pytest.raises(UserError, match="height"):
         find_tokens(model, (3, 64, 64))
     assert model.training
 
@@ -261,12 +261,11 @@ def test_the_auxiliary_head(case: Case) -> None:
     head = case.dense.model.aux_head
     assert isinstance(head, nn.Linear) and (head.in_features, head.out_features) == (case.layout.channels, K)
     own = [name for name in case.model.state_dict() if name.startswith("aux_head.")]
-    made = [name for name in case.dense.model.state_dict() if is_training_aid(case.dense.model, name)]
     if case.name in ("volo_d1_224", "lvvit_nano4_32"):  # theirs, and inference needs it
-        assert own == ["aux_head.weight", "aux_head.bias"] and made == []
+        assert own == ["aux_head.weight", "aux_head.bias"] and not case.dense.has_training_aid
         assert head.weight.equal(case.model.aux_head.weight)
     else:
-        assert own == [] and made == ["aux_head.weight", "aux_head.bias"]
+        assert own == [] and case.dense.has_training_aid
         assert 0.01 < head.weight.std() < 0.03 and not head.bias.any()
 
 
@@ -366,29 +365,6 @@ def test_dropout_of_the_head() -> None:
     assert not torch.allclose(dense(x)[1], dense(x)[1])
     dense.eval()
     torch.testing.assert_close(dense(x), dense(x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    "classifier, name, expected",
-    [
-        ("head", "aux_head.weight", True),
-        ("fc", "aux_head.bias", True),
-        (("head", "head_dist"), "aux_head.weight", True),
-        (("head", "aux_head"), "aux_head.weight", False),
-        (None, "aux_head.weight", True),
-        ("head", "head.weight", False),
-        ("head", "blocks.0.aux_head.weight", False),
-        ("head", "aux_head_norm.weight", False),
-    ],
-)
-def test_is_training_aid(classifier: Any, name: str, expected: bool) -> None:
-    model = nn.Module()
-    model.pretrained_cfg = {"classifier": classifier}
-    assert is_training_aid(model, name) is expected
-
-
-def test_is_training_aid_of_a_model_without_a_configuration() -> None:
-    assert is_training_aid(nn.Linear(1, 1), "aux_head.weight") and not is_training_aid(nn.Linear(1, 1), "weight")
 
 
 # --- the auxiliary head of Vision Permutator

@@ -25,7 +25,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 from torchvision.datasets import FakeData
-from training_command import Outcome
+from training_command import QUICK, Outcome
 
 import vip.models  # noqa: F401  # registers them
 from vip.token_labels.geometry import Region
@@ -183,7 +183,9 @@ class Generate:
 
 
 def accuracy_in(line: str) -> tuple[float, ...]:
-    found = re.search(r" Annotator: top-1 (\S+), top-5 (\S+); average of its maps: top-1 (\S+)$", line)
+    found = re.search(
+        r" Annotator(?: on those written)?: top-1 (\S+), top-5 (\S+); average of its maps: top-1 (\S+)$", line
+    )
     return tuple(map(float, found.groups()))
 
 
@@ -312,6 +314,7 @@ def test_the_record_says_what_part_of_the_images_the_maps_cover(
             "classes": ["blue", "green", "red"],
             "model": "vip_nano4_32",
             "weights": maps.record.weights,
+            "transfer": False,
         }
 
 
@@ -393,7 +396,11 @@ def test_without_a_checkpoint_the_weights_are_timms(refuses: Callable[..., str])
 
 
 def test_transfer_annotates_images_of_other_classes(
-    generate: Generate, refuses: Callable[..., str], image_folder: Path, pictures: Path, tmp_path: Path
+    generate: Generate,
+    refuses: Callable[..., str],
+    command: Callable[..., Outcome],
+    image_folder: Path,
+    tmp_path: Path,
 ) -> None:
     """Nothing can be said of accuracy then, and the record names no classes."""
     torch.save(timm.create_model("resnet18", num_classes=2).state_dict(), tmp_path / "two.pth")
@@ -403,6 +410,9 @@ def test_transfer_annotates_images_of_other_classes(
     assert generate.log[-1] == "36 label maps written, 0 were there."
     assert maps.record is not None and maps.record.classes is None and maps.record.num_classes == 2
     assert set(maps.keys()) == keys_of(image_folder / "train")
+    assert maps.record.transfer
+    labels = ("--token-label", "--token-label-data", tmp_path / "maps", *QUICK)
+    says(command("train", image_folder, *labels).error("vip train"), "made with --transfer")
 
 
 def test_random_weights_are_warned_of_and_the_same_in_every_run(

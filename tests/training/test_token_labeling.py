@@ -90,6 +90,24 @@ def test_checkpoint_is_of_the_inference_model(colours: Path, maps: Path, tmp_pat
     )
 
 
+def test_an_auxiliary_head_that_was_asked_for_stays_in_the_model(
+    colours: Path, maps: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """What `--model-kwargs` says is in the checkpoint, and validation makes the model again by it."""
+    options: Any = dict(**LABELS, token_label_data=str(maps), model_kwargs={"aux_head": True}, epochs=1)
+    train(quick(colours, tmp_path, **options))
+    assert vip(["validate", str(colours), "--checkpoint", str(tmp_path / "run/last.pth.tar"), "-j", "0"]) == 0
+    assert "aux_head.weight" in torch.load(tmp_path / "run/last.pth.tar", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("labels_first", [True, False])
+def test_resume_says_when_token_labels_come_or_go(colours: Path, tmp_path: Path, labels_first: bool):
+    train(quick(colours, tmp_path, token_label=labels_first, epochs=1))
+    config = quick(colours, tmp_path, token_label=not labels_first, resume=str(tmp_path / "run/last.pth.tar"))
+    with pytest.raises(UserError, match=f"with{'' if labels_first else 'out'} --token-label: .*--finetune"):
+        train(config)
+
+
 def test_resumed_run_equals_an_uninterrupted_one(colours: Path, maps: Path, tmp_path: Path):
     """Also the auxiliary head and its average, which are no part of the inference model."""
     options: Any = dict(**LABELS, token_label_data=str(maps), model_ema=True, model_ema_decay=0.5, mix_token=0.0)
@@ -293,6 +311,11 @@ def test_grid_that_does_not_match(train_error: Callable[..., str], maps: Path):
         (("--token-label", "--aug-splits", "2"), "--aug-splits does not go with --token-label"),
         (("--token-label", "--dense-weight", "-1"), "--dense-weight is -1.0, expected at least 0"),
         (("--token-label", "--model", "crossvit_tiny_240"), "has no tokens to label"),
+        (
+            ("--token-label", "--model", "inception_v3", "--img-size", "32"),
+            "inception_v3 does not work at 32x32",
+        ),
+        (("--token-label", "--dense-weight", "0", "--cls-weight", "0"), "nothing would be learned"),
     ],
 )
 def test_options_that_contradict(train_error: Callable[..., str], options: tuple[str, ...], words: str):

@@ -8,11 +8,10 @@ from functools import partial
 from tqdm import tqdm
 
 from vip.data.config import DatasetConfig
-from vip.data.datasets import ReadableImageDataset, create_split
+from vip.data.datasets import ReadableImageDataset, create_split, training_split
 from vip.errors import UserError
-from vip.token_labels.maps import map_key
+from vip.token_labels.maps import map_keys
 from vip.token_labels.store import CheckReport, check, pack, read_rate, unpack
-from vip.training.generation import training_split
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _image_keys(folder: str) -> list[str]:
     images = create_split(DatasetConfig(data=folder), training_split(folder), is_training=False)
     assert isinstance(images, ReadableImageDataset)
-    return [map_key(name) for name in images.filenames()]
+    return map_keys(images.filenames())
 
 
 def _describe(report: CheckReport) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,19 @@ def split_folder(root: str, split: str) -> str:
         found = f"it holds {', '.join(inside[:5])}{', ...' * (len(inside) > 5)}" if inside else "it is empty"
         raise UserError(f"{root} has no {' or '.join(f'{n}/' for n in dict.fromkeys((*names[:2], split)))}: {found}.")
     return root
+
+
+def training_split(root: str | None) -> str:
+    """The split of the training images: that of its name, unless the folder itself holds the class folders."""
+    if not root or not os.path.isdir(root):
+        return "train"
+    try:
+        split_folder(root, "train")
+    except UserError:
+        with suppress(UserError):
+            if split_folder(root, "validation") == root:
+                return "validation"
+    return "train"
 
 
 def create_split(

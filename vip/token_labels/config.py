@@ -35,7 +35,9 @@ class TokenLabelConfig(Options):
     )
     dense_weight: float = option(1.0, "weight of the tokens' loss", low=0)
     cls_weight: float = option(1.0, "weight of the class output's loss", low=0)
-    ground_truth: bool = option(False, "correct the map's class target by the image's class")
+    ground_truth: bool = option(
+        False, "mix the image's class into the class target: half where the map agrees, else 0.1"
+    )
     mix_token: float = option(1.0, "MixToken alpha, 0 for none", low=0)
 
 

@@ -11,7 +11,7 @@ from vip.data.datasets import ReadableImageDataset, class_to_idx
 from vip.errors import UserError
 from vip.token_labels.config import TokenLabelConfig
 from vip.token_labels.geometry import Region, TrackedTransform, compose, published_box, shown_share
-from vip.token_labels.maps import DamagedMap, LabelMap, LabelMaps, map_key
+from vip.token_labels.maps import DamagedMap, LabelMap, LabelMaps, map_key, map_keys
 from vip.token_labels.store import open_label_maps
 from vip.token_labels.targets import NOWHERE, Grid, TokenLabels
 
@@ -60,6 +60,11 @@ class TokenLabelDataset(ReadableImageDataset):
     def _check_classes(self) -> None:
         maps, known = self.maps, class_to_idx(self) or {}
         record = maps.record
+        if record is not None and record.transfer:
+            raise UserError(
+                f"The label maps in {maps.root} were made with --transfer, by an annotator of other classes than the "
+                "images have; make them with one of the same classes."
+            )
         if record is not None and record.num_classes is not None and record.num_classes != self.num_classes:
             raise UserError(
                 f"The label maps in {maps.root} name {record.num_classes} classes, the training has {self.num_classes}."
@@ -71,7 +76,7 @@ class TokenLabelDataset(ReadableImageDataset):
                 f"The label maps in {maps.root} were made for other classes than the images have, for example {other}; "
                 "generate them with an annotator that was trained on the same class folders."
             )
-        folders = {map_key(name).rpartition("/")[0] for name in self.filenames()}
+        folders = {key.rpartition("/")[0] for key in map_keys(self.filenames())}
         if missing := sorted(folders - maps.classes()):
             names = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
             raise UserError(

@@ -68,6 +68,9 @@ def find_tokens(model: Any, input_size: tuple[int, ...]) -> TokenLayout:
     model.eval()
     try:
         features = model.forward_features(torch.zeros((1, *input_size), **device_and_type))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as e:
+        size = "x".join(str(n) for n in input_size[-2:])
+        raise UserError(f"{name} does not work at {size} pixels: {str(e).splitlines()[0]}") from e
     finally:
         model.train(was_training)
     shape = tuple(features.shape) if isinstance(features, torch.Tensor) else ()
@@ -112,12 +115,16 @@ class DenseClassifier(nn.Module):
 
     Raises:
         UserError: If the model has no tokens.
+
+    Attributes:
+        has_training_aid: Whether the auxiliary head was made here, so that inference does not need it.
     """
 
     def __init__(self, model: Any, input_size: tuple[int, ...]) -> None:
         super().__init__()
         self.layout = find_tokens(model, input_size)
-        if getattr(model, "aux_head", None) is None:
+        self.has_training_aid = getattr(model, "aux_head", None) is None
+        if self.has_training_aid:
             if not model.num_classes:
                 raise UserError("Token labels need classes: the model was created without any.")
             model.aux_head = nn.Linear(self.layout.channels, model.num_classes, **get_device_dtype(model))
@@ -145,9 +152,3 @@ class DenseClassifier(nn.Module):
         features = self.model.forward_features(x)
         aux = self.model.aux_head(self.layout.tokens(features))
         return self.model.forward_head(features), aux if mix is None else mix_tokens(aux, mix)
-
-
-def is_training_aid(model: Any, name: str) -> bool:
-    """Whether a parameter is of an auxiliary head that the model's inference does not use."""
-    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    return name.startswith("aux_head.") and "aux_head" not in classifiers

@@ -13,8 +13,8 @@ class TokenLabelCrossEntropy(nn.Module):
     Args:
         dense_weight: Weight of the mean over tokens.
         cls_weight: Weight of the class output.
-        ground_truth: Correct the class target that comes of the label map by the image's own class: half of each where
-            their strongest classes agree, 9 to 1 where they do not, as published.
+        ground_truth: Mix the image's own class into the class target that comes of the label map: half of each where
+            their strongest classes agree, a tenth where they do not, as published.
     """
 
     def __init__(self, dense_weight: float = 1.0, cls_weight: float = 1.0, ground_truth: bool = False) -> None:

@@ -7,8 +7,9 @@ The packed one (see `vip.token_labels.packing`) holds the same in a few large fi
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -45,6 +46,7 @@ class MapRecord:
         classes: Their names in order, None if unknown.
         model: The annotator.
         weights: Fingerprint of its weights.
+        transfer: Whether the images are of other classes than the annotator's.
     """
 
     region: Region
@@ -52,6 +54,7 @@ class MapRecord:
     classes: list[str] | None = None
     model: str = ""
     weights: str = ""
+    transfer: bool = False
 
     def write(self, root: Path) -> None:
         """Write `label_maps.json` into a folder of maps."""
@@ -80,7 +83,8 @@ class MapRecord:
 
     def _check(self) -> None:
         rows, columns = self.region.img_size
-        if not (rows > 0 and columns > 0 and self.region.crop_pct > 0 and self.region.crop_mode in CROP_MODES):
+        known = self.region.crop_mode in CROP_MODES
+        if not (rows > 0 and columns > 0 and 0 < self.region.crop_pct < math.inf and known):
             raise ValueError(f"no such region: {self.region}")
         if not (self.num_classes is None or (isinstance(self.num_classes, int) and self.num_classes > 0)):
             raise ValueError(f"num_classes is {self.num_classes!r}")
@@ -158,6 +162,11 @@ def _split(content: Any, path: Path) -> LabelMap:
                 raise UserError(
                     f"The label map {path} holds class indices that are no whole numbers; generate it again."
                 )
+            if indices.max() > EXACT_CLASSES:
+                raise UserError(
+                    f"The label map {path} names class {int(indices.max())}, and float16 rounds those beyond "
+                    f"{EXACT_CLASSES}; generate it again with --format packed."
+                )
             return LabelMap(values, indices.int())
     raise UserError(f"{path} holds {found}, expected a label map: float16 [2, k, H, W].")
 
@@ -187,3 +196,21 @@ def map_key(filename: str) -> str:
     if path.parent.name in ("", ".."):  # as in a tar file of tar files
         raise UserError(f"The image {filename} is in no class folder, by which its label map could be found.")
     return f"{path.parent.name}/{path.name.partition('.')[0]}"
+
+
+def map_keys(filenames: Iterable[str]) -> list[str]:
+    """The keys of the maps of images.
+
+    Raises:
+        UserError: If two images would share one.
+    """
+    seen: dict[str, str] = {}
+    for name in filenames:
+        key = map_key(name)
+        if key in seen:
+            raise UserError(
+                f"{seen[key]} and {name} would share the label map {key}.pt, which is named by the class folder and "
+                "what is before the first dot; rename one of them."
+            )
+        seen[key] = name
+    return list(seen)

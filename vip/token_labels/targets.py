@@ -144,7 +144,7 @@ def pool_maps(
         that is on the map.
     """
     B, _, H, W = values.shape
-    length = (box[:, :, :2] * box.new_tensor([[W], [H]])).norm(dim=1)  # [B, 2] of the box's sides, in map cells
+    length = torch.hypot(box[:, 0, :2] * W, box[:, 1, :2] * H)  # [B, 2] of the box's sides, in map cells
     sides = box[:, :, :2] / length.clamp(max=1)[:, None]  # at least one cell, as published
     x, y, weight = _sample_points(torch.cat((sides, box[:, :, 2:]), 2), length.clamp(min=1), max(H, W), grid)
     weight = weight * ((x - 0.5).abs() <= 0.5 + _BORDER) * ((y - 0.5).abs() <= 0.5 + _BORDER)

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import logging
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +16,7 @@ from timm.task import ClassificationEvaluator
 from timm.utils import random_seed
 from torch import nn
 
-from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, split_folder, unreadable_files
+from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, training_split, unreadable_files
 from vip.data.loaders import create_eval_loader
 from vip.errors import UserError
 from vip.reporting.logs import setup_logging
@@ -32,7 +30,7 @@ from vip.token_labels.maps import (
     LabelMap,
     LabelMaps,
     MapRecord,
-    map_key,
+    map_keys,
     write_map,
 )
 from vip.token_labels.packing import SHARD_MAPS, PackedMaps, shard_path, shards_in, write_shard
@@ -68,7 +66,8 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
     data_config = resolve_data_config(model, config)
     images = _open_images(config, data_config)
     if not config.transfer:
-        check_classes(images, config, model, checkpoint)
+        advice = "For part of it give a --class-map, for any other images --transfer."
+        check_classes(images, config, model, checkpoint, advice)
     model = model.to(runtime.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -81,19 +80,6 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
         precision.apex_amp.initialize(model, opt_level="O1")  # patches the model in place
     _annotate(annotator, images, writer, config, data_config, runtime, precision)
     leave_together(runtime)
-
-
-def training_split(root: str | None) -> str:
-    """The split of the training images: that of its name, unless the folder itself holds the class folders."""
-    if not root or not os.path.isdir(root):
-        return "train"
-    try:
-        split_folder(root, "train")
-    except UserError:
-        with suppress(UserError):
-            if split_folder(root, "validation") == root:
-                return "validation"
-    return "train"
 
 
 def _open_images(config: GenerateConfig, data_config: dict[str, Any]) -> "IndexedImages":
@@ -115,14 +101,7 @@ class IndexedImages(ReadableImageDataset):
 
     def __init__(self, dataset: ReadableImageDataset) -> None:
         super().__init__(dataset, is_training=False, max_bad_images=dataset.max_bad_images)
-        self.keys = [map_key(name) for name in self.filenames()]
-        key, count = Counter(self.keys).most_common(1)[0]
-        if count > 1:
-            names = [name for name in self.filenames() if map_key(name) == key]
-            raise UserError(
-                f"{names[0]} and {names[1]} would share the label map {key}.pt, which is named by what is before the "
-                "first dot; rename one of them."
-            )
+        self.keys = map_keys(self.filenames())
 
     def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, torch.Tensor]:
         """Make the sample of a decoded image."""
@@ -159,6 +138,7 @@ def _write_record(
         classes=sorted(known, key=known.__getitem__) if known and not (config.class_map or config.transfer) else None,
         model=config.model,
         weights=fingerprint(annotator.model),
+        transfer=config.transfer,
     )
     there = MapRecord.read(root)
     if there is not None and there != record:
@@ -328,7 +308,8 @@ def _annotate(
     result, of_maps = gather_metrics(own, runtime), gather_metrics(mean, runtime)
     written = int(all_reduce_sum(torch.tensor(progress.images, device=runtime.device), runtime))
     accuracy = (
-        f" Annotator: top-1 {result.top1:.3f}, top-5 {result.top5:.3f}; average of its maps: top-1 {of_maps.top1:.3f}"
+        f" Annotator{' on those written' * (writer.there > 0)}: top-1 {result.top1:.3f}, top-5 {result.top5:.3f}; "
+        f"average of its maps: top-1 {of_maps.top1:.3f}"
     )
     _logger.info(f"{written} label maps written, {writer.there} were there.{accuracy if result.count else ''}")
 

@@ -8,7 +8,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from vip.token_labels.config import TokenLabelConfig
-from vip.token_labels.dense import DenseClassifier, is_training_aid
+from vip.token_labels.dense import DenseClassifier
 from vip.token_labels.loss import TokenLabelCrossEntropy
 from vip.token_labels.mixing import draw_mix_tokens
 from vip.token_labels.targets import TokenLabels, dense_targets
@@ -33,7 +33,7 @@ class TokenLabelTask(ClassificationTask):
         criterion = TokenLabelCrossEntropy(config.dense_weight, config.cls_weight, config.ground_truth)
         super().__init__(model, criterion, device=device, verbose=False)
         self.grid, self.mix_alpha, self.smoothing = model.grid, config.mix_token, smoothing
-        self.num_classes = model.model.num_classes
+        self.num_classes, self.has_training_aid = model.model.num_classes, model.has_training_aid
 
     def forward(self, input: torch.Tensor, target: TokenLabels | torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the loss.
@@ -70,9 +70,9 @@ class TokenLabelTask(ClassificationTask):
         """The inference model's `state_dict`, and what only training needs beside it."""
         state = super().get_checkpoint_state(ema, unwrap_fn)
         suffix = "_ema" if ema else ""
-        model, weights = unwrap_model(self.get_eval_model(ema=ema)), state[f"state_dict{suffix}"]
-        aids = {name: value for name, value in weights.items() if is_training_aid(model, name)}
-        if aids:
+        weights = state[f"state_dict{suffix}"]
+        if self.has_training_aid:
+            aids = {name: value for name, value in weights.items() if name.startswith("aux_head.")}
             state[f"task_state{suffix}"] = aids
-            state[f"state_dict{suffix}"] = {k: v for k, v in weights.items() if k not in aids}
+            state[f"state_dict{suffix}"] = {name: value for name, value in weights.items() if name not in aids}
         return state

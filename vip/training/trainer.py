@@ -389,10 +389,12 @@ def _check(config: TrainConfig) -> None:
     if config.token_label_data and not config.token_label:
         raise UserError("--token-label-data is for training with token labels: add --token-label.")
     for option in ("jsd_loss", "bce_loss", "aug_splits", "torchscript"):
-        if config.token_label and getattr(config, option):
+        if config.token_label and getattr(config, option):  # other losses, and forward alone
             raise UserError(
                 f"--{option.replace('_', '-')} does not go with --token-label, which has a loss of its own."
             )
+    if config.token_label and config.dense_weight == config.cls_weight == 0:
+        raise UserError("--dense-weight and --cls-weight are both 0: nothing would be learned.")
     if config.mixup_active and config.aug_splits > 1:
         raise UserError("--aug-splits does not go with mixup and CutMix: add --mixup 0 --cutmix 0.")
     if config.aug_splits == 1 or config.aug_splits < 0:
@@ -451,4 +453,10 @@ def _load_task(task: TrainingTask, checkpoint: dict[str, Any], path: str, ema: b
     """Load the weights of inference, and those that only training has."""
     weights = state_dict_of(checkpoint, None if ema else False, path)
     aids = checkpoint.get("task_state_ema" if ema and checkpoint.get("state_dict_ema") else "task_state") or {}
+    wanted = getattr(task, "has_training_aid", False)
+    if wanted != bool(aids):
+        raise UserError(
+            f"{path} was trained with{'' if aids else 'out'} --token-label: {'add' if aids else 'leave out'} it to "
+            "continue, or begin a run of your own from its weights with --finetune."
+        )
     load_weights(unwrap_model(task.get_eval_model(ema=ema)), {**weights, **aids}, path)

@@ -226,8 +226,14 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
     return dataset
 
 
-def check_classes(dataset: Dataset, config: EvaluationConfig, model: Any, checkpoint: dict[str, Any]) -> None:
-    """Refuse a data set of other classes than the model has.
+def check_classes(
+    dataset: Dataset,
+    config: EvaluationConfig,
+    model: Any,
+    checkpoint: dict[str, Any],
+    advice: str = "For part of it give a --class-map or --valid-labels.",
+) -> None:
+    """Refuse a data set of other classes than the model has; `advice` says what to do then.
 
     Raises:
         UserError: With what differs.
@@ -244,7 +250,7 @@ def check_classes(dataset: Dataset, config: EvaluationConfig, model: Any, checkp
     if len(found) != model.num_classes:
         raise UserError(
             f"{config.data} has {len(found)} classes and the model {model.num_classes}: is it the data set the model "
-            "was trained on? For part of it give a --class-map or --valid-labels."
+            f"was trained on? {advice}"
         )
     if trained_on and trained_on != found:
         differ = next(name for name in found if trained_on.get(name) != found[name])
