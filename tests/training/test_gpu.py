@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from label_maps import write_maps
 from PIL import Image
 
 from vip.data.loaders import create_train_loader
+from vip.token_labels.targets import TokenLabels, dense_targets
 from vip.training.config import TrainConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -63,6 +65,56 @@ def test_vip_s7_trains_at_224_and_validates_alike(photos: Path, tmp_path: Path, 
     checked = start("bash", ROOT / "eval.sh", photos / "val", tmp_path / "run/last.pth.tar", "-j", 4)
     assert checked.returncode == 0, checked.stderr
     assert str(json.loads(checked.stdout.partition("--result\n")[2])["top1"]) == last["eval_top1"]
+
+
+@pytest.mark.parametrize("flags", ["--apex-amp", "--amp --amp-dtype bfloat16 --torchcompile --mixup 0.8 --cutmix 1.0"])
+@pytest.mark.parametrize("model", ["lvvit_s", "vip_s7"])
+def test_token_labels_train_at_224(photos: Path, tmp_path: Path, model: str, flags: str):
+    """The published command for LV-ViT-S but for its batch and epochs, and the same for ViP."""
+    maps = write_maps(photos / "train", tmp_path / "maps", (18, 18))
+    size = {"lvvit_s": 14, "vip_s7": 16}[model]
+    labels = ("--token-label", "--token-label-data", maps, "--token-label-size", size, "--model-ema")
+    short = "-b 64 -j 8 --epochs 4 --warmup-epochs 0 --cooldown-epochs 0 --log-interval 2 --img-size 224".split()
+    outputs = ("--output", tmp_path, "--experiment", "run", "--model", model, *flags.split())
+    done = start(ROOT / "distributed_train.sh", 1, photos, *labels, *short, *outputs, "--drop-path", 0.1)
+    assert done.returncode == 0, done.stderr
+    speeds = [line.split(",")[-3].strip() for line in done.stderr.splitlines() if line.startswith("Epoch 3/3")]
+    print(f"\n{model} with token labels {flags}: {speeds[-1]} in the last epoch, {torch.cuda.get_device_name()}")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_targets_are_made_without_waiting_and_in_little_memory(mixed: bool):
+    images, classes, size = 128, 1000, 14
+    generator = torch.Generator().manual_seed(0)
+    labels = TokenLabels(
+        target=torch.randint(classes, (images,), generator=generator),
+        map_values=torch.randn(images, 5, 18, 18, generator=generator).half(),
+        map_indices=torch.randint(classes, (images, 5, 18, 18), generator=generator).int(),
+        box=(0.7 * torch.eye(3)[:2] + 0.1).expand(images, 2, 3).contiguous(),
+        shown=torch.ones(images, size, size),
+        partner=torch.arange(images).flip(0) if mixed else None,
+        own=torch.rand(images) if mixed else None,
+        own_tokens=torch.rand(images, size, size) if mixed else None,
+    ).to(torch.device("cuda"))
+    arguments = (labels, classes, (size, size), 0.1, torch.float16)
+    dense_targets(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        start_event.record()
+        targets = dense_targets(*arguments)
+        end_event.record()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    print(
+        f"\ntargets of {images} images, mixed {mixed}: {start_event.elapsed_time(end_event):.1f} ms, {peak / 1e6:.0f} MB"
+    )
+    assert targets.tokens.shape == (images, size, size, classes) and peak < 100e6
 
 
 def test_prefetcher_copies_on_a_stream_of_its_own(photos: Path):

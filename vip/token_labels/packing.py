@@ -46,7 +46,7 @@ def decode(packed: bytes, shape: tuple[int, int, int]) -> LabelMap:
         inflate = zlib.decompressobj()
         content = inflate.decompress(packed, 5 + 8 * size)  # a hostile map may inflate to anything; no good one to more
         if not inflate.eof or inflate.unused_data:
-            raise ValueError("it is cut off, or goes on")
+            raise ValueError("it is cut off, or has another length")
         count = int(np.frombuffer(content, "<u4", 1)[0])
         place_type = np.dtype(np.uint8 if count <= 256 else "<u2")
         if len(content) != 4 + 4 * count + size * (place_type.itemsize + 2):
