@@ -111,9 +111,8 @@ def test_targets_are_made_without_waiting_and_in_little_memory(mixed: bool):
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    print(
-        f"\ntargets of {images} images, mixed {mixed}: {start_event.elapsed_time(end_event):.1f} ms, {peak / 1e6:.0f} MB"
-    )
+    spent = start_event.elapsed_time(end_event)
+    print(f"\ntargets of {images} images, mixed {mixed}: {spent:.1f} ms, {peak / 1e6:.0f} MB")
     assert targets.tokens.shape == (images, size, size, classes) and peak < 100e6
 
 
