@@ -213,7 +213,7 @@ def refuses(
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("vip.training.generation", "vip.token_labels.store"):
+    for module in ("vip.token_labels.writers", "vip.token_labels.store"):
         monkeypatch.setattr(f"{module}.SHARD_MAPS", 10)
 
 
@@ -506,7 +506,7 @@ def test_nothing_left_to_do(
     generate(image_folder, tmp_path / "out", *flags)
     before = state_of(tmp_path / "out")
     for name in ("write_map", "write_shard"):
-        monkeypatch.setattr(f"vip.training.generation.{name}", lambda *args: pytest.fail("written again"))
+        monkeypatch.setattr(f"vip.token_labels.writers.{name}", lambda *args: pytest.fail("written again"))
     for loading in ((), ("--no-prefetcher",)):
         generate(image_folder, tmp_path / "out", *flags, *loading)
         assert generate.log[-1] == "0 label maps written, 36 were there."  # and no accuracy of no images
@@ -626,7 +626,7 @@ def test_packed_by_conversion_is_in_another_order(
 SCRIPT = """
 import itertools, json, os, runpy, signal, sys
 import torch.distributed as dist
-import vip.training.generation
+import vip.token_labels.writers
 
 writes, fsync, join, leave = itertools.count(1), os.fsync, dist.init_process_group, dist.destroy_process_group
 
@@ -638,7 +638,7 @@ def fsync_or_die(file):
 
 
 if __name__ == "__main__":
-    os.fsync, vip.training.generation.SHARD_MAPS = fsync_or_die, 10
+    os.fsync, vip.token_labels.writers.SHARD_MAPS = fsync_or_die, 10
     dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or join(*args, **kwargs)
     dist.destroy_process_group = lambda: None
     with open(sys.argv[1]) as file:
@@ -778,6 +778,13 @@ def test_classes_that_differ(refuses: Callable[..., str], copy: Path, tmp_path: 
     says(refuses(data=copy), copy, "other classes", "crimson")
     says(refuses("--model", "resnet18", "--no-pretrained", checkpoint=None), "3 classes", "model 1000")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("below", ["", "maps"])
+def test_a_folder_among_the_images_is_not_written_to(refuses: Callable[..., str], copy: Path, below: str) -> None:
+    before = state_of(copy)
+    says(refuses(data=copy / "train", out=copy / "train" / below), "is among the images", "beside them")
+    assert state_of(copy) == before
 
 
 def test_more_classes_to_keep_than_there_are(refuses: Callable[..., str], tmp_path: Path) -> None:
@@ -959,10 +966,10 @@ def test_a_full_disk(
     kind: str,
 ) -> None:
     """What is there stays, and the same command goes on."""
-    import vip.training.generation as generation
+    import vip.token_labels.writers as writers
 
     name, room = ("write_map", 20) if layout == "published" else ("write_shard", 2)
-    write, written = getattr(generation, name), []
+    write, written = getattr(writers, name), []
 
     def fill_the_disk(path: Path, content: Any) -> None:
         if len(written) >= room:
@@ -973,7 +980,7 @@ def test_a_full_disk(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, name, fill_the_disk)
+        patch.setattr(writers, name, fill_the_disk)
         message = refuses("--format", layout, "-b", 6)
     reason = "unexpected pos" if kind == "RuntimeError" and layout == "published" else "No space left on device"
     says(message, tmp_path / "out", reason, "repeat the command to go on")

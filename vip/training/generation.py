@@ -3,12 +3,10 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,9 +29,9 @@ from vip.token_labels.maps import (
     LabelMaps,
     MapRecord,
     map_keys,
-    write_map,
 )
-from vip.token_labels.packing import SHARD_MAPS, PackedMaps, shard_path, shards_in, write_shard
+from vip.token_labels.packing import PackedMaps, shards_in
+from vip.token_labels.writers import FolderWriter, Labelled, PackedWriter, Writer
 from vip.training.config import GenerateConfig
 from vip.training.engine import gather_metrics
 from vip.training.factory import check_compile_backend, resolve_data_config
@@ -41,8 +39,6 @@ from vip.training.runtime import Precision, Runtime, all_reduce_sum, leave_toget
 from vip.training.validation import check_classes, load_model
 
 _logger = logging.getLogger(__name__)
-
-Labelled = tuple[int, str, LabelMap]  # index of an image, key and content of its map
 
 
 def generate_labels(config: GenerateConfig, given: set[str]) -> None:
@@ -184,25 +180,18 @@ def _check_maps_there(root: Path, record: MapRecord | None, shape: tuple[int, ..
             )
 
 
-class Writer(Protocol):
-    """Where label maps go."""
-
-    pending: list[int]  # indices of this process's images that have no map yet
-    there: int  # number of maps that were there
-
-    def write(self, labelled: Iterator[Labelled]) -> None:
-        """Write maps, which come in the order of `pending`."""
-
-
 def _open_writer(config: GenerateConfig, images: IndexedImages, annotator: Annotator, runtime: Runtime) -> Writer:
     root = Path(str(config.token_label_root))
     lowest = next(path for path in (root, *root.parents) if path.exists())
     if not lowest.is_dir():
         raise UserError(f"{lowest} is a file, expected a folder to write label maps to.")
+    source = getattr(images.reader, "root", None)
+    if source and Path(source).resolve() in (root.resolve(), *root.resolve().parents):
+        raise UserError(f"{root} is among the images; name a folder beside them to write label maps to.")
     if config.format == "packed":
         if root.is_dir() and FolderMaps(root).classes():
             raise UserError(f"{root} holds maps in the published layout: name another folder, or leave out --format.")
-        return PackedWriter(root, images.keys, runtime)
+        return PackedWriter(root, images.keys, runtime.rank, runtime.world_size)
     if root.is_dir() and shards_in(root):
         raise UserError(f"{root} holds packed maps: name another folder, or add --format packed.")
     if (classes := annotator.model.num_classes) > EXACT_CLASSES:
@@ -210,71 +199,7 @@ def _open_writer(config: GenerateConfig, images: IndexedImages, annotator: Annot
             f"The published layout holds class indices up to {EXACT_CLASSES} exactly, and the annotator has {classes} "
             "classes: add --format packed."
         )
-    return FolderWriter(root, images.keys, runtime)
-
-
-class FolderWriter:
-    """Writes the published layout; the files are on disk before the next batch but one is read."""
-
-    def __init__(self, root: Path, keys: Sequence[str], runtime: Runtime) -> None:
-        self.root = root
-        done = set(FolderMaps(root).keys()) if root.is_dir() else set()
-        pending = [i for i, key in enumerate(keys) if key not in done]
-        self.pending, self.there = pending[runtime.rank :: runtime.world_size], len(keys) - len(pending)
-
-    def write(self, labelled: Iterator[Labelled]) -> None:
-        """See `Writer`."""
-        with ThreadPoolExecutor(8, "label-maps") as pool:  # a file has to be on disk before it is renamed: much waiting
-            writes: list[Future] = []
-            for _, key, label_map in labelled:
-                writes.append(pool.submit(write_map, self.root / f"{key}.pt", label_map))
-                if len(writes) >= 512:
-                    self._finish(writes)
-            self._finish(writes)
-
-    def _finish(self, writes: list[Future]) -> None:
-        try:
-            for write in writes:
-                write.result()
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            raise _cannot_write(self.root, e) from e
-        writes.clear()
-
-
-def _cannot_write(root: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(f"Cannot write label maps to {root} ({reason}); once it can be, repeat the command to go on.")
-
-
-class PackedWriter:
-    """Writes shards of images that follow one another, so that any number of processes can go on where others were."""
-
-    def __init__(self, root: Path, keys: Sequence[str], runtime: Runtime) -> None:
-        self.root = root
-        shards = [range(i, min(i + SHARD_MAPS, len(keys))) for i in range(0, len(keys), SHARD_MAPS)]
-        there = [n for n in range(len(shards)) if shard_path(root, n).exists()]
-        done = set(PackedMaps(root).keys()) if shards_in(root) else set()
-        expected = {keys[i] for n in there for i in shards[n]}
-        if done - expected:
-            raise UserError(
-                f"{root} holds packed maps of other images, or in another order, such as {min(done - expected)}: name "
-                "another folder."
-            )
-        if (missing := sorted(expected - done)) and runtime.is_primary:
-            _logger.warning(
-                f"{len(missing)} images have no map in the shards that are there, as they could not be read or were "
-                f"added since: {', '.join(missing[:5])}. A shard that is removed is made again."
-            )
-        pending = [n for n in range(len(shards)) if n not in there][runtime.rank :: runtime.world_size]
-        self.pending, self.there = [i for n in pending for i in shards[n]], len(done)
-
-    def write(self, labelled: Iterator[Labelled]) -> None:
-        """See `Writer`."""
-        for number, maps in groupby(labelled, lambda item: item[0] // SHARD_MAPS):
-            try:
-                write_shard(shard_path(self.root, number), [(key, label_map) for _, key, label_map in maps])
-            except OSError as e:
-                raise _cannot_write(self.root, e) from e
+    return FolderWriter(root, images.keys, runtime.rank, runtime.world_size)
 
 
 def _annotate(
