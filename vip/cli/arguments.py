@@ -18,10 +18,11 @@ from vip.options import nearest
 ConfigT = TypeVar("ConfigT")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports mistakes as `UserError` and suggests the nearest flag."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise the mistake that argparse found."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flags = [word for word in message.removeprefix(prefix).split() if word.startswith("-")]
@@ -85,7 +86,7 @@ def build_parser(config_class: type, prog: str, without_effect: Mapping[str, str
     """Make the parser of an option dataclass, a help group for each of its base classes."""
     positional = [f"[{f.name.upper()}]" for f in dataclasses.fields(config_class) if f.metadata["positional"]]
     usage = " ".join([prog, *positional, "[options]"])
-    parser = _Parser(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe; flags win")
     hints = typing.get_type_hints(config_class)
     replaced = {flag.partition(" ")[0] for flag in without_effect}

@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-import typing
 from functools import partial
 
 from tqdm import tqdm
 
+from vip.cli.arguments import Parser
 from vip.data.config import DatasetConfig
 from vip.data.datasets import ReadableImageDataset, create_split, training_split
 from vip.errors import UserError
@@ -42,15 +42,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as `UserError`."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists what there is)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vip label-maps", description=__doc__)
+    parser = Parser(prog="vip label-maps", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, text in (("pack", "write a few large files"), ("unpack", "write a file an image, as published")):
         action = actions.add_parser(name, help=text, description=f"Convert label maps: {text}.")

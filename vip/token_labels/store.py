@@ -164,7 +164,7 @@ def check(
     """
     maps, others = open_label_maps(root), None if other is None else open_label_maps(other)
     report = CheckReport(layout="packed" if isinstance(maps, PackedMaps) else "published")
-    report.bytes = sum(file.stat().st_size for file in Path(root).rglob("*") if file.is_file())
+    report.bytes = sum(file.stat().st_size for file in _files(root))
     keys = list(maps.keys())
     for key in progress(keys):
         try:
@@ -184,6 +184,10 @@ def check(
         wanted = set(images)
         report.missing, report.unused = sorted(wanted - set(keys)), sorted(set(keys) - wanted)
     return report
+
+
+def _files(root: str | Path) -> list[Path]:
+    return [file for file in Path(root).rglob("*") if file.is_file()]
 
 
 def _same(label_map: LabelMap, others: LabelMaps, key: str) -> bool:
@@ -213,7 +217,7 @@ def read_rate(root: str | Path, seconds: float) -> ReadRate:
     """
     maps = open_label_maps(root)
     keys = list(maps.keys())
-    files = [file for file in Path(root).rglob("*") if file.is_file()]
+    files = _files(root)
     order = random.Random(0)
     read, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
