@@ -1,6 +1,50 @@
 """What several architectures share."""
 
+import logging
+import math
+from typing import Any
+
 import torch
+from timm.layers import resample_abs_pos_embed
+
+_logger = logging.getLogger(__name__)
+
+
+def check_img_size(img_size: tuple[int, ...], patch_size: tuple[int, int]) -> None:
+    """Refuse an image that the patches do not divide.
+
+    Raises:
+        ValueError: With the nearest sizes that work.
+    """
+    if len(img_size) != 2:
+        raise ValueError(f"Expected a height and a width, got image size {img_size}.")
+    for axis, size, patch in zip(("height", "width"), img_size, patch_size, strict=True):
+        if size < patch or size % patch:
+            lower = max(size // patch, 1) * patch
+            raise ValueError(
+                f"Image {axis} {size} does not work: patches of {patch} need a multiple of it. The nearest sizes "
+                f"that work are {lower} and {lower + patch}."
+            )
+
+
+def resample_pos_embed(model: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Resample the position embedding of a state dict that is about to be loaded to the model's token grid.
+
+    Args:
+        model: The model: `pos_embed`, `num_prefix_tokens` and `patch_embed.grid_size` are its own.
+        state_dict: Changed in place.
+        prefix: Of the model's names in it.
+    """
+    key = prefix + "pos_embed"
+    pos_embed = state_dict.get(key)
+    if pos_embed is None or pos_embed.ndim != 3 or pos_embed.shape == model.pos_embed.shape:
+        return
+    tokens = pos_embed.shape[1] - model.num_prefix_tokens
+    if math.isqrt(max(tokens, 0)) ** 2 == tokens:  # the grid it was made for is not stored; only a square can be told
+        _logger.info(f"Resampling {key} to {model.patch_embed.grid_size} tokens.")
+        state_dict[key] = resample_abs_pos_embed(
+            pos_embed, model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens
+        )
 
 
 def mix_tokens(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,6 @@ auxiliary head to any token is added, halved, to the class token's.
 }
 """
 
-import logging
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,11 +46,9 @@ from timm.models._helpers import clean_state_dict
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from .layers import mix_tokens
+from .layers import check_img_size, mix_tokens, resample_pos_embed
 
 __all__ = ["LVViT"]
-
-_logger = logging.getLogger(__name__)
 
 
 class ConvPatchEmbed(nn.Module):
@@ -101,15 +97,7 @@ class ConvPatchEmbed(nn.Module):
         Raises:
             ValueError: If the patches do not divide it.
         """
-        if len(img_size) != 2:
-            raise ValueError(f"Expected a height and a width, got image size {img_size}.")
-        for axis, size, patch in zip(("height", "width"), img_size, self.patch_size, strict=True):
-            if size < patch or size % patch:
-                lower = max(size // patch, 1) * patch
-                raise ValueError(
-                    f"Image {axis} {size} does not work: patches of {patch} need a multiple of it. The nearest sizes "
-                    f"that work are {lower} and {lower + patch}."
-                )
+        check_img_size(img_size, self.patch_size)
         self.img_size = img_size
         self.grid_size = img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
@@ -303,15 +291,7 @@ class LVViT(nn.Module):
         update_model_input_size(self, new_img_size)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        key = prefix + "pos_embed"
-        pos_embed = state_dict.get(key)
-        # the grid it was made for is not stored; square is the only one that can be told
-        square = pos_embed is not None and pos_embed.ndim == 3 and math.isqrt(pos_embed.shape[1] - 1) ** 2 + 1
-        if pos_embed is not None and pos_embed.shape != self.pos_embed.shape and square == pos_embed.shape[1]:
-            _logger.info(f"Resampling {key} to {self.patch_embed.grid_size} tokens.")
-            state_dict[key] = resample_abs_pos_embed(
-                pos_embed, self.patch_embed.grid_size, num_prefix_tokens=self.num_prefix_tokens
-            )
+        resample_pos_embed(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
