@@ -44,6 +44,8 @@ def test_flags_in_documents_exist(path: Path):
         (GenerateConfig, GENERATE_FLAGS_WITHOUT_EFFECT),
     ):
         known |= set(build_parser(config, "vip", ignored)._option_string_actions)
+    for program in (*ROOT.glob("studies/*.py"), ROOT / "vip/cli/label_maps.py"):
+        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', program.read_text()))
     assert not {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text())} - known
 
 
