@@ -22,15 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm, Mlp, to_2tuple, trunc_normal_
 from timm.layers.trace_utils import _assert
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply, register_model
-from timm.models._helpers import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .layers import check_img_size, resample_pos_embed
+from .layers import check_img_size, checkpoint_filter_fn, imagenet_cfg, init_linear, resample_pos_embed
 
 __all__ = ["ExternalAttention", "ExternalAttentionMlp"]
 
@@ -353,18 +351,10 @@ class ExternalAttentionMlp(VisionTransformer):
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, TokenAttention):  # after its linear layers: the memory's keys are its values at first
+    init_linear(module, name)
+    if isinstance(module, TokenAttention):  # after its linear layers: the memory's keys are its values at first
         with torch.no_grad():
             module.linear_1.weight.copy_(module.linear_0.weight.T)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Unwrap published checkpoints: `state_dict` or `model` entries, DDP and compile prefixes."""
-    return clean_state_dict(state_dict.get("state_dict", state_dict.get("model", state_dict)))
 
 
 def _create_eamlp(variant: str, pretrained: bool = False, **kwargs: Any) -> ExternalAttentionMlp:
@@ -379,25 +369,12 @@ def _create_eamlp(variant: str, pretrained: bool = False, **kwargs: Any) -> Exte
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": None,
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2105.02358",
-        "paper_name": "Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks",
-        **kwargs,
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    first_conv=None,
+    paper_ids="arXiv:2105.02358",
+    paper_name="Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks",
+)
 
 default_cfgs = generate_default_cfgs(
     {"eamlp_7.untrained": _cfg(), "eamlp_14.untrained": _cfg(), "eamlp_19.untrained": _cfg()}

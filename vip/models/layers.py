@@ -5,7 +5,10 @@ import math
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models import clean_state_dict
+from torch import nn
 
 _logger = logging.getLogger(__name__)
 
@@ -57,3 +60,37 @@ def mix_tokens(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     rows, columns = x.shape[1] // mix.shape[0], x.shape[2] // mix.shape[1]
     mix = mix.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return torch.where(mix[None, :, :, None], x.flip(0), x)
+
+
+def init_linear(module: nn.Module, name: str) -> None:
+    """Initialize a linear layer as all published models here do: truncated normal of std 0.02, zero bias."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Unwrap published checkpoints: `state_dict` or `model` entries, DDP and compile prefixes.
+
+    Other resolutions need nothing here: the layers concerned resample at every load.
+    """
+    return clean_state_dict(state_dict.get("state_dict", state_dict.get("model", state_dict)))
+
+
+def imagenet_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    """Timm's configuration of a model of fixed input size for ImageNet-1k, normalized as usual."""
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }

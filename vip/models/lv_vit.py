@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     Attention,
     DropPath,
@@ -42,11 +41,11 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import feature_take_indices
-from timm.models._helpers import clean_state_dict
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from .layers import check_img_size, mix_tokens, resample_pos_embed
+from . import layers
+from .layers import check_img_size, imagenet_cfg, init_linear, mix_tokens, resample_pos_embed
 
 __all__ = ["LVViT"]
 
@@ -254,7 +253,7 @@ class LVViT(nn.Module):
         """Initialize all weights as published: truncated normal of std 0.02, zero biases."""
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        named_apply(_init_weights, self)
+        named_apply(init_linear, self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -444,16 +443,9 @@ class LVViT(nn.Module):
         return self.head(self.head_drop(self._pool(x))), aux if mix is None else mix_tokens(aux, mix)
 
 
-def _init_weights(module: nn.Module, name: str) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Unwrap published checkpoints, and leave out the auxiliary head where the model has none."""
-    state_dict = clean_state_dict(state_dict.get("state_dict", state_dict.get("model", state_dict)))
+    state_dict = layers.checkpoint_filter_fn(state_dict, model)
     if getattr(model, "aux_head", None) is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("aux_head.")}
     return state_dict
@@ -471,25 +463,13 @@ def _create_lvvit(variant: str, pretrained: bool = False, **kwargs: Any) -> LVVi
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2104.10858",
-        "paper_name": "All Tokens Matter: Token Labeling for Training Better Vision Transformers",
-        **kwargs,
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    first_conv="patch_embed.conv1",
+    classifier=("head", "aux_head"),
+    paper_ids="arXiv:2104.10858",
+    paper_name="All Tokens Matter: Token Labeling for Training Better Vision Transformers",
+)
 
 default_cfgs = generate_default_cfgs(
     {

@@ -9,28 +9,19 @@ Its table 3 has it at 116 M parameters and 81.0 % top-1; timm's `resmlp_big_24_2
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock, checkpoint_filter_fn
 
+from .layers import imagenet_cfg
+
 default_cfgs = generate_default_cfgs(
     {
-        "resmlp_big_24_p16_224.untrained": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": None,
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "fixed_input_size": True,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "stem.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2105.03404",
-            "paper_name": "ResMLP: Feedforward networks for image classification with data-efficient training",
-        }
+        "resmlp_big_24_p16_224.untrained": imagenet_cfg(
+            crop_pct=0.875,
+            first_conv="stem.proj",
+            paper_ids="arXiv:2105.03404",
+            paper_name="ResMLP: Feedforward networks for image classification with data-efficient training",
+        )
     }
 )
 

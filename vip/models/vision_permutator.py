@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerNorm,
@@ -32,7 +31,6 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     to_2tuple,
-    trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
@@ -43,11 +41,10 @@ from timm.models import (
     register_model,
 )
 from timm.models._features import feature_take_indices
-from timm.models._helpers import clean_state_dict
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from .layers import mix_tokens
+from .layers import checkpoint_filter_fn, imagenet_cfg, init_linear, mix_tokens
 
 __all__ = ["PermuteMlp", "VisionPermutator"]
 
@@ -333,7 +330,7 @@ class VisionPermutator(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialize all weights as published: truncated normal of std 0.02 for linear layers, zero biases."""
-        named_apply(_init_weights, self)
+        named_apply(init_linear, self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -527,21 +524,6 @@ class VisionPermutator(nn.Module):
         return self.forward_head(x), aux if mix is None else mix_tokens(aux, mix)
 
 
-def _init_weights(module: nn.Module, name: str) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Unwrap published checkpoints: `state_dict` or `model` entries, DDP and compile prefixes.
-
-    Other resolutions need nothing here, `AxisMix` resamples itself at every load.
-    """
-    return clean_state_dict(state_dict.get("state_dict", state_dict.get("model", state_dict)))
-
-
 def _create_vip(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionPermutator:
     out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["layers"]))))
     return build_model_with_cfg(
@@ -554,25 +536,13 @@ def _create_vip(variant: str, pretrained: bool = False, **kwargs: Any) -> Vision
     )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (16, 16),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2106.12368",
-        "paper_name": "Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition",
-        **kwargs,
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    pool_size=(16, 16),
+    first_conv="patch_embed.proj",
+    paper_ids="arXiv:2106.12368",
+    paper_name="Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition",
+)
 
 default_cfgs = generate_default_cfgs(
     {
