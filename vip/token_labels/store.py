@@ -27,10 +27,15 @@ def open_label_maps(root: str | Path) -> LabelMaps:
             f"There are no label maps at {root}: give the folder that holds a folder of maps for each class, or packed "
             "maps; `vip generate-label` makes them."
         )
-    maps: LabelMaps = PackedMaps(root) if shards_in(root) else FolderMaps(root)
+    maps = maps_in(root)
     if next(iter(maps.keys()), None) is None:
         raise UserError(f"{root} holds no label maps: neither class folders with .pt files nor packed maps.")
     return maps
+
+
+def maps_in(root: Path) -> LabelMaps:
+    """The label maps in a folder, of either layout, possibly none."""
+    return PackedMaps(root) if shards_in(root) else FolderMaps(root)
 
 
 def pack(source: str | Path, target: str | Path, progress: Progress = iter) -> int:

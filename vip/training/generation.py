@@ -26,11 +26,11 @@ from vip.token_labels.maps import (
     DamagedMap,
     FolderMaps,
     LabelMap,
-    LabelMaps,
     MapRecord,
     map_keys,
 )
-from vip.token_labels.packing import PackedMaps, shards_in
+from vip.token_labels.packing import shards_in
+from vip.token_labels.store import maps_in
 from vip.token_labels.writers import FolderWriter, Labelled, PackedWriter, Writer
 from vip.training.config import GenerateConfig
 from vip.training.engine import gather_metrics
@@ -167,7 +167,7 @@ def _check_maps_there(root: Path, record: MapRecord | None, shape: tuple[int, ..
     """Refuse to go on with maps of another shape, or of another origin."""
     if not root.is_dir():
         return
-    maps: LabelMaps = PackedMaps(root) if shards_in(root) else FolderMaps(root)
+    maps = maps_in(root)
     if (key := next(iter(maps.keys()), None)) is None:
         return
     if record is None:
