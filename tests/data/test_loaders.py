@@ -82,12 +82,9 @@ def test_two_processes_at_16_see_the_batches_of_one_at_32() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 6), st.integers(1, 5))
-def test_any_number_of_processes_sees_the_batches_of_one(count: int, batch: int, world: int) -> None:
-    if count < batch * world:
-        with pytest.raises(UserError, match="--batch-size"):
-            train_batches(count, batch, 0, world)
-        return
+@given(st.integers(0, 80), st.integers(1, 6), st.integers(1, 5))
+def test_any_number_of_processes_sees_the_batches_of_one(more: int, batch: int, world: int) -> None:
+    count = batch * world + more
     alone = train_batches(count, batch * world)
     together = [train_batches(count, batch, rank, world) for rank in range(world)]
     assert [sorted(b) for b in alone] == [sorted(sum(parts, [])) for parts in zip(*together, strict=True)]
@@ -104,17 +101,20 @@ def test_order_depends_on_the_seed() -> None:
     assert order(1) == order(1) != order(2)
 
 
-@pytest.mark.parametrize(
-    "batch, world, message",
-    [
-        (11, 1, "A batch of 11 needs more than the 10 training images there are; use --batch-size 10 or less."),
-        (6, 2, "A batch of 6 in each of 2 processes needs more than the 10 .* use --batch-size 5 or less."),
-    ],
-)
-def test_too_large_a_batch(batch: int, world: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        train_batches(10, batch, 0, world)
-    assert train_batches(10, batch - 1, 0, world)
+@pytest.mark.parametrize("count, world, filled", [(10, 1, 10), (11, 1, 10), (11, 2, 4), (3, 1, 2)])
+def test_a_data_set_smaller_than_a_batch_is_one_smaller_batch(
+    count: int, world: int, filled: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    (batch,) = train_batches(count, 16, 0, world)
+    assert len(set(batch)) == filled
+    assert f"less than --batch-size 16: an epoch is one batch of {filled}." in caplog.text
+
+
+@pytest.mark.parametrize("count, world", [(1, 1), (3, 2)])
+def test_too_few_images_for_a_batch(count: int, world: int) -> None:
+    with pytest.raises(UserError, match=r"has 1 image\(s\) for each process, expected at least 2"):
+        train_batches(count, 16, 0, world)
+    assert len(train_batches(count, 1, 0, world)) == 1
 
 
 @pytest.mark.parametrize("count", [30, 300])

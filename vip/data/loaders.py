@@ -4,6 +4,7 @@ timm's `create_loader` picks the sampler itself; here the order of training imag
 processes (so two processes at batch 16 see what one sees at 32), and evaluation visits every image exactly once.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from torchvision.datasets import VisionDataset
 from vip.data.augmentation import create_train_transform, erasing_splits
 from vip.data.config import AugmentationConfig, LoaderConfig
 from vip.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
 
@@ -91,7 +94,7 @@ def create_train_loader(
             collates such pairs.
 
     Raises:
-        UserError: If the data set has fewer images than one batch of all processes.
+        UserError: If a process gets neither a whole batch nor a pair of images.
     """
     if config.aug_splits > 1:
         if config.no_prefetcher or config.no_aug:
@@ -101,10 +104,11 @@ def create_train_loader(
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
     collate: Any = default_collate if config.no_prefetcher else mixup or fast_collate
+    sampler = _train_sampler(dataset, config, rank, world_size, seed)
     loader = DataLoader(
         dataset,
-        batch_size,
-        sampler=_train_sampler(dataset, config, batch_size, rank, world_size, seed),
+        batch_size if sampler is None else _filled_batch_size(batch_size, len(sampler), quiet=rank > 0),
+        sampler=sampler,
         drop_last=True,
         collate_fn=partial(collate_samples, collate) if collate_samples else collate,
         generator=torch.Generator().manual_seed(seed + rank),  # seeds the augmentation in the workers
@@ -124,23 +128,32 @@ def create_train_loader(
 
 
 def _train_sampler(
-    dataset: Any, config: AugmentationConfig, batch_size: int, rank: int, world_size: int, seed: int
+    dataset: Any, config: AugmentationConfig, rank: int, world_size: int, seed: int
 ) -> RepeatAugSampler | DistributedSampler | None:
     if isinstance(dataset, IterableDataset):
         return None
-    sampler: RepeatAugSampler | DistributedSampler
     if config.aug_repeats:
-        sampler = RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
-    else:
-        # an uneven rest is dropped, as it is in one process, and not filled up with images twice
-        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-    if len(sampler) < batch_size:
-        processes = f" in each of {world_size} processes" if world_size > 1 else ""
+        return RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
+    # an uneven rest is dropped, as it is in one process, and not filled up with images twice
+    return DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+
+
+def _filled_batch_size(batch_size: int, images: int, quiet: bool) -> int:
+    """The batch size, or what a data set smaller than one batch can fill: an even number, as mixup pairs images."""
+    if images >= batch_size:
+        return batch_size
+    if images < 2:
         raise UserError(
-            f"A batch of {batch_size}{processes} needs more than the {len(dataset)} training images there are; use "
-            f"--batch-size {max(len(sampler), 1)} or less."
+            f"The training set has {images} image(s) for each process, expected at least 2: add images, or use fewer "
+            "processes."
         )
-    return sampler
+    filled = images - images % 2
+    _logger.log(
+        logging.DEBUG if quiet else logging.WARNING,
+        f"The training set has {images} images for each process, less than --batch-size {batch_size}: an epoch is one "
+        f"batch of {filled}.",
+    )
+    return filled
 
 
 def _worker_options(config: LoaderConfig) -> dict[str, Any]:
