@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model",
     "validate": "validate checkpoints or models",
     "generate-label": "write the label maps of training images, for token labeling",
+    "benchmark": "time models side by side, and print the published comparison",
     "label-maps": "convert, check and time label maps",
     "make-digits": "write scikit-learn's handwritten digits as an image folder",
 }

@@ -17,7 +17,7 @@ from .layers import imagenet_cfg
 default_cfgs = generate_default_cfgs(
     {
         "resmlp_big_24_p16_224.untrained": imagenet_cfg(
-            crop_pct=0.875,
+            crop_pct=0.9,
             first_conv="stem.proj",
             paper_ids="arXiv:2105.03404",
             paper_name="ResMLP: Feedforward networks for image classification with data-efficient training",

@@ -68,6 +68,13 @@ def setup_runtime(device: str | None = None, dist_backend: str | None = None, wo
     return Runtime(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
 
 
+def allow_fast_kernels(device: torch.device) -> None:
+    """Let a GPU search for the fastest convolutions, and use TF32 where float32 is asked for."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
 def _leave_cores_to_workers(workers: int) -> None:
     """Keep torch's threads off the cores of the loader processes: OpenMP threads that share a core crawl."""
     cores = torch.get_num_threads()

@@ -39,7 +39,7 @@ from vip.training.factory import (
     create_training_model,
     resolve_data_config,
 )
-from vip.training.runtime import Runtime, leave_together, setup_precision, setup_runtime
+from vip.training.runtime import Runtime, allow_fast_kernels, leave_together, setup_precision, setup_runtime
 from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder
 from vip.training.task import TokenLabelTask
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
@@ -86,9 +86,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         _check(config)
-        if runtime.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        allow_fast_kernels(runtime.device)
         random_seed(config.seed, runtime.rank)
 
         train_data, val_data = self._open_data()

@@ -1,0 +1,55 @@
+"""All trainings of the study, in processes of their own."""
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import set_fused_attn
+from tqdm import tqdm
+
+from studies.data_efficiency.models import ABLATIONS, MODELS
+from studies.data_efficiency.training import Job, train
+from vip.files import replacing
+from vip.training.runtime import Runtime
+
+FRACTIONS = (1.0, 0.3, 0.1)
+SEEDS = (0, 1, 2)
+
+
+def jobs() -> list[Job]:
+    """All trainings, seed by seed."""
+    return [
+        *(Job(model, fraction, seed) for seed in SEEDS for fraction in FRACTIONS for model in MODELS),
+        *(Job(model, 1.0, seed) for seed in SEEDS for model in ABLATIONS),
+    ]
+
+
+def run_missing(data: str, size: str, device: torch.device, output: Path, at_a_time: int) -> list[dict[str, Any]]:
+    """Run the trainings that have no result in `output`; returns the results of all."""
+    output.mkdir(parents=True, exist_ok=True)
+    files = {job: output / f"{job.name}.json" for job in jobs()}
+    missing = [job for job, file in files.items() if not file.exists()]
+    threads = max(1, (os.cpu_count() or 1) // at_a_time)
+    with ProcessPoolExecutor(
+        at_a_time, get_context("spawn"), initializer=_start_process, initargs=(threads, device.type)
+    ) as pool:
+        running = [pool.submit(_run, job, data, size, device, files[job]) for job in missing]
+        for done in tqdm(as_completed(running), "Trainings", len(files), initial=len(files) - len(missing)):
+            done.result()
+    return [json.loads(file.read_text()) for file in files.values()]
+
+
+def _start_process(threads: int, device_type: str) -> None:
+    torch.set_num_threads(threads)
+    if device_type == "cpu":
+        set_fused_attn(False)  # in bfloat16 on a CPU, torch's fused attention trains at half the speed of the plain one
+
+
+def _run(job: Job, data: str, size: str, device: torch.device, file: Path) -> None:
+    result = train(job, data, size, Runtime(device))
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1))

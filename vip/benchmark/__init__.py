@@ -1,0 +1,1 @@
+"""What models cost: operations, memory and time, measured side by side."""

@@ -1,0 +1,38 @@
+"""`vip benchmark`: measure models side by side."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+from vip.benchmark.config import BenchmarkConfig
+from vip.benchmark.environment import environment
+from vip.benchmark.runner import choose_baseline, choose_models, run
+from vip.cli.arguments import parse
+from vip.reporting.benchmarks import csv_table, draw_benchmark, json_table, markdown_table, write_texts
+from vip.reporting.logs import setup_logging
+from vip.training.runtime import setup_runtime
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    """Parse the command line, measure, print and draw; 1 if a row failed."""
+    config, _ = parse(BenchmarkConfig, argv, "vip benchmark")
+    setup_logging(is_primary=True)
+    device = setup_runtime(config.device).device
+    models = choose_models(config)
+    baseline = choose_baseline(config, models)
+    rows = run(config, models, baseline, device)
+    facts = environment(device)
+    texts = {
+        "table.md": markdown_table(rows, facts, baseline),
+        "results.csv": csv_table(rows),
+        "results.json": json_table(rows, facts, dataclasses.asdict(config)),
+    }
+    folder = Path(config.output or time.strftime("output/benchmark/%Y%m%d-%H%M%S"))
+    files = write_texts(folder, texts)
+    print(texts[{"markdown": "table.md", "csv": "results.csv", "json": "results.json"}[config.format]])
+    files += draw_benchmark(rows, folder)
+    _logger.info(f"Written to {folder}: {', '.join(file.name for file in files)}")
+    return int(any(name.endswith("_error") for row in rows for name in row))

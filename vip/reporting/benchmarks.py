@@ -1,0 +1,173 @@
+"""Tables and pictures of benchmarks."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vip.errors import UserError
+from vip.files import replacing
+from vip.reporting.plots import new_figure, save_figure
+
+Row = dict[str, Any]
+PHASES = {"inference": "Inference", "train": "Training"}
+
+
+def markdown_table(rows: list[Row], environment: dict[str, Any], baseline: str) -> str:
+    """The rows as a Markdown table, with the environment below."""
+    columns: list[tuple[str, Any]] = [
+        ("model", lambda r: f"`{r['model']}`"),
+        ("pixels", lambda r: _number(r["img_size"])),
+        ("parameters", lambda r: _number(r.get("params_m"), ".1f", "M")),
+        ("MACs", lambda r: _number(r.get("gmacs"), ".2f", "G")),
+        ("activations", lambda r: _number(r.get("activations_m"), ".1f", "M")),
+    ]
+    for phase in (p for p in PHASES if any(key.startswith(f"{p}_") for row in rows for key in row)):
+        columns += [
+            (f"{phase} img/s", lambda r, p=phase: _speed(r, p)),
+            (f"x {baseline}", lambda r, p=phase: _ratio(r, p)),
+            ("of matmul", lambda r, p=phase: _number(r.get(f"{p}_share_of_matmul_rate"), ".0%")),
+            ("memory", lambda r, p=phase: _number(r.get(f"{p}_memory_gb"), ".2f", " GB")),
+        ]
+    if any("published_top1" in row for row in rows):
+        columns += [
+            ("published top-1", lambda r: _number(r.get("published_top1"), ".1f", " %")),
+            ("published V100 img/s", lambda r: _number(r.get("published_v100_images_per_second"), ".0f")),
+        ]
+    lines = [
+        f"| {' | '.join(name for name, _ in columns)} |",
+        f"| :--- |{' ---: |' * (len(columns) - 1)}",
+        *(f"| {' | '.join(cell(row) for _, cell in columns)} |" for row in rows),
+        "",
+        *_failures(rows),
+        "; ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str = "", unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _speed(row: Row, phase: str) -> str:
+    """Median images a second, what the rounds differ by, and the batch where it is not the one asked for."""
+    if f"{phase}_images_per_second" not in row:
+        return "failed" if f"{phase}_error" in row else "-"
+    speed, low, high = (row[f"{phase}_images_per_second{end}"] for end in ("", "_low", "_high"))
+    batch = row[f"{phase}_batch_size"]
+    less = f", batch {batch}: out of memory with {row['batch_size']}" if batch != row["batch_size"] else ""
+    return f"{speed:,.{0 if speed >= 10 else 2}f} (±{(high - low) / 2 / speed:.0%}{less})"
+
+
+def _ratio(row: Row, phase: str) -> str:
+    if f"{phase}_ratio" not in row:
+        return "-"
+    ratio, low, high = (row[f"{phase}_ratio{end}"] for end in ("", "_low", "_high"))
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    failed = [
+        f"- `{row['model']}` at {row['img_size'] or 'its'} pixels, {phase}: {row[f'{phase}_error']}"
+        for row in rows
+        for phase in PHASES
+        if f"{phase}_error" in row
+    ]
+    return [*failed, ""] if failed else []
+
+
+def csv_table(rows: list[Row]) -> str:
+    """The rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json_table(rows: list[Row], environment: dict[str, Any], options: dict[str, Any]) -> str:
+    """The rows, what they were measured on and how, as JSON."""
+    return json.dumps({"environment": environment, "options": options, "rows": rows}, indent=2)
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
+    """Write texts to files of a folder, which is made.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            with replacing(folder / name) as unfinished:
+                unfinished.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"Cannot write to {folder} ({e.strerror}); choose another --output.") from e
+    return [folder / name for name in texts]
+
+
+def draw_benchmark(rows: list[Row], folder: Path) -> list[Path]:
+    """Draw what the rows allow: accuracy over throughput and parameters, growth with image size and with batch size.
+
+    Raises:
+        UserError: If matplotlib is not installed, or the folder cannot be written.
+    """
+    files = [
+        *_draw_accuracy(rows, "inference_images_per_second", "images a second, inference", folder / "top1-throughput"),
+        *_draw_accuracy(rows, "params_m", "parameters in millions", folder / "top1-parameters"),
+    ]
+    for name, title in (("img_size", "image size in pixels"), ("batch_size", "batch size")):
+        if any(len({row[name] for row in own}) > 1 for own in _by(rows, lambda row: row["model"]).values()):
+            files += _draw_growth(rows, name, title, folder)
+    return files
+
+
+def _draw_accuracy(rows: list[Row], x: str, title: str, path: Path) -> list[Path]:
+    """Published accuracy over something measured, at the image size it was published for."""
+    points = [row for row in rows if row.get("published_top1") and row.get(x)]
+    points = [row for row in points if row["img_size"] == row["published_img_size"]]
+    if not points:
+        return []
+    figure, (ax,) = new_figure()
+    for family, own in _by(points, lambda row: row["published_name"].partition("-")[0]).items():
+        own.sort(key=lambda row: row[x])
+        ax.plot([row[x] for row in own], [row["published_top1"] for row in own], marker="o", label=family)
+        for row in own:
+            place = (row[x], row["published_top1"])
+            ax.annotate(row["published_name"], place, xytext=(4, 5), textcoords="offset points", fontsize=8)
+    ax.set(xlabel=title, ylabel="published ImageNet top-1 in %")
+    ax.margins(x=0.15)
+    ax.legend()
+    return save_figure(figure, path)
+
+
+def _draw_growth(rows: list[Row], name: str, title: str, folder: Path) -> list[Path]:
+    """Time of an image and peak memory as the image or the batch grows, for each phase."""
+    files = []
+    for phase, verb in PHASES.items():
+        measured = [row for row in rows if row.get(f"{phase}_images_per_second")]
+        if not measured:
+            continue
+        figure, (time, memory) = new_figure(2)
+        other = "batch_size" if name == "img_size" else "img_size"
+        several = len({row[other] for row in measured}) > 1
+        groups = _by(measured, lambda r: f"{r['model']}, {r[other]}" if several else r["model"])  # noqa: B023  # used at once
+        for label, own in groups.items():
+            own.sort(key=lambda row: row[name])
+            x = [row[name] for row in own]
+            time.plot(x, [1e3 / row[f"{phase}_images_per_second"] for row in own], marker="o", label=label)
+            memory.plot(x, [row[f"{phase}_memory_gb"] or float("nan") for row in own], marker="o", label=label)
+        time.set(xlabel=title, ylabel="milliseconds an image", title=verb, ylim=(0, None))
+        memory.set(xlabel=title, ylabel="peak memory in GB", title=verb, ylim=(0, None))
+        time.legend()
+        files += save_figure(figure, folder / f"{phase}-{name.replace('_', '-')}")
+    return files
+
+
+def _by(rows: Iterable[Row], key: Any) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
