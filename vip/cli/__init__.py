@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": "validate checkpoints or models",
     "generate-label": "write the label maps of training images, for token labeling",
     "benchmark": "time models side by side, and print the published comparison",
+    "report": "compare runs with each other and with a published one",
     "label-maps": "convert, check and time label maps",
     "make-digits": "write scikit-learn's handwritten digits as an image folder",
 }

@@ -1,0 +1,67 @@
+"""`vip report`: what runs have reached, and whether one is on the track of a published one."""
+
+import math
+
+from vip.cli.arguments import Parser
+from vip.reporting.runs import POINTS, EpochLog, Standing, compare, differing_options, read_run
+
+
+def main(argv: list[str]) -> None:
+    """Parse the command line and print."""
+    parser = Parser(prog="vip report", description=__doc__)
+    parser.add_argument("run", nargs="+", help="folder of a run, finished or not")
+    parser.add_argument("--against", metavar="MODEL", help="folder with a published log: models/vip_s7")
+    args = parser.parse_args(argv)
+    runs = [read_run(path) for path in args.run]
+    print(runs_table(runs))
+    if args.against:
+        published = read_run(args.against)
+        for run in runs:
+            print(f"\n{describe(run, published, compare(run, published))}")
+
+
+def runs_table(runs: list[EpochLog]) -> str:
+    """A Markdown table with a row for each run."""
+    lines = [
+        "| run | model | epochs | train loss | top-1 | best top-1 | best epoch |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for run in runs:
+        top1 = run.column("eval_top1")
+        best = max(range(len(top1)), key=top1.__getitem__)
+        lines.append(
+            f"| {run.path.parent} | {run.options.get('model', '-')} | {len(top1)} of {run.epochs} "
+            f"| {run.rows[-1].get('train_loss', math.nan):.4f} | {top1[-1]:.3f} | {top1[best]:.3f} | {best} |"
+        )
+    return "\n".join(lines)
+
+
+def describe(run: EpochLog, published: EpochLog, standing: Standing) -> str:
+    """Where a run stands, in sentences."""
+    theirs = published.column("eval_top1")
+    lines = [
+        f"{run.path.parent}: {standing.verdict}.",
+        f"Epoch {standing.epoch} of 0 to {run.epochs - 1}: top-1 {standing.top1:.3f} %; {published.path.parent} had "
+        f"{standing.published_top1:.3f} % in epoch {standing.published_epoch:.4g} and ended with {theirs[-1]:.3f} % "
+        f"(best {max(theirs):.3f} %).",
+        f"Over the last {standing.window} epochs {standing.difference:+.2f} points, {_shift(standing.epochs_ahead)}. "
+        f"Up to {POINTS} points, or what the published run gains in two epochs, count as on track.",
+    ]
+    if standing.epoch + 1 < run.epochs:
+        lines.append(f"If the difference stays, it ends at {theirs[-1] + standing.difference:.1f} %.")
+    if run.epochs != len(theirs):
+        lines.append(f"The run is {run.epochs} epochs and not {len(theirs)}: compared at equal shares of the schedule.")
+    model, expected = run.options.get("model"), published.options.get("model")
+    if model and expected and model != expected:
+        lines.append(f"The run trains {model}, the published one {expected}.")
+    elif others := differing_options(run, published):
+        lines.append(f"Unlike the recipe: {', '.join(others)}.")
+    return "\n".join(lines)
+
+
+def _shift(epochs: float) -> str:
+    if math.isinf(epochs):
+        return "beyond what the published run ever reached"
+    if abs(epochs) < 0.5:
+        return "level with it"
+    return f"as the published run was {abs(epochs):.1f} epochs {'later' if epochs > 0 else 'earlier'}"

@@ -1,0 +1,179 @@
+"""The per-epoch log of a run, and how it compares with a published one."""
+
+import csv
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from vip.errors import UserError
+
+WINDOW = 5  # epochs; the published top-1 jumps by 0.1 points from epoch to epoch
+POINTS, EPOCHS = 0.5, 2.0  # a difference below either is not worth worrying about
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """Rows of a `summary.csv` or a published log.
+
+    Attributes:
+        path: Where it was read.
+        rows: One mapping of column to number for each epoch, in order.
+        options: Options of the run or recipe beside it, empty if there are none.
+    """
+
+    path: Path
+    rows: list[dict[str, float]]
+    options: dict[str, Any]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs when it is complete: those of its options, or else those it has."""
+        planned = self.options.get("epochs")
+        cooldown = self.options.get("cooldown_epochs") or 0 if self.options.get("sched") != "plateau" else 0
+        return max(int(planned) + int(cooldown) if planned else 0, len(self.rows))
+
+    def column(self, name: str) -> list[float]:
+        """All values of a column.
+
+        Raises:
+            UserError: If there is no such column, or not a number in it.
+        """
+        if name not in self.rows[0]:
+            raise UserError(f"{self.path} has no column {name}, only {', '.join(self.rows[0])}.")
+        values = [row[name] for row in self.rows]
+        for epoch, value in enumerate(values):
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} in epoch {epoch} of {self.path}: the run has diverged.")
+        return values
+
+
+def read_run(path: str | Path) -> EpochLog:
+    """Read a run's folder, a folder of the model zoo, or a CSV file alone.
+
+    Raises:
+        UserError: If there is no log or it is damaged.
+    """
+    folder = Path(path)
+    names = ("summary.csv", "published_log.csv")
+    file = folder if folder.is_file() else next((folder / n for n in names if (folder / n).is_file()), None)
+    if file is None:
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist; name the folder of a run, such as output/train/<run>.")
+        raise UserError(
+            f"{folder} holds neither the summary.csv of a run that has finished an epoch nor the published_log.csv of "
+            "models/vip_s7, models/vip_m7 or models/vip_l7."
+        )
+    options = next((file.parent / n for n in ("args.yaml", "recipe.yaml") if (file.parent / n).is_file()), None)
+    return EpochLog(file, _read_rows(file), _read_options(options) if options else {})
+
+
+def _read_rows(file: Path) -> list[dict[str, float]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"Cannot read {file} ({e}).") from e
+    rows: list[dict[str, float]] = []
+    for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
+        try:
+            rows.append({name: float(value) for name, value in row.items()})
+        except (TypeError, ValueError) as e:
+            raise UserError(
+                f"Line {number} of {file} is no row of numbers under its header: {list(row.values())}."
+            ) from e
+    if not rows:
+        raise UserError(f"{file} has no epoch yet.")
+    if [row.get("epoch") for row in rows] != list(range(len(rows))):
+        raise UserError(f"The epochs in {file} are not 0, 1, 2, ...; remove rows that are there twice.")
+    return rows
+
+
+def _read_options(file: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"Cannot read {file}: {' '.join(str(e).split())}") from e
+    return options if isinstance(options, dict) else {}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands against a published log.
+
+    Attributes:
+        epoch: Last epoch of the run.
+        published_epoch: Where the published run was at the same share of its schedule.
+        top1: Its top-1 in percent.
+        published_top1: The published top-1 at that point.
+        difference: Mean difference in points over the last epochs of the run.
+        window: How many those are.
+        epochs_ahead: How many published epochs later the published run reached the run's level; negative if earlier.
+        verdict: 'on track', 'ahead' or 'behind'.
+    """
+
+    epoch: int
+    published_epoch: float
+    top1: float
+    published_top1: float
+    difference: float
+    window: int
+    epochs_ahead: float
+    verdict: str
+
+
+def compare(run: EpochLog, published: EpochLog) -> Standing:
+    """Hold a run against a published log, epoch by epoch, or at equal shares of schedules of different lengths.
+
+    The run is behind, or ahead, where its mean over the last epochs is off by more than half a point, and by more than
+    the published run changed within two epochs.
+    """
+    own, theirs = run.column("eval_top1"), published.column("eval_top1")
+    scale = (len(theirs) - 1) / max(run.epochs - 1, 1)
+    window = min(WINDOW, len(own))
+    at = [epoch * scale for epoch in range(len(own) - window, len(own))]
+    level, expected = mean(own[-window:]), mean(_at(theirs, x) for x in at)
+    reached = _first_at(theirs, level)
+    ahead = reached - _first_at(theirs, expected)
+    off = abs(level - expected) > POINTS and abs(ahead) > EPOCHS
+    return Standing(
+        epoch=len(own) - 1,
+        published_epoch=at[-1],
+        top1=own[-1],
+        published_top1=_at(theirs, at[-1]),
+        difference=level - expected,
+        window=window,
+        epochs_ahead=ahead,
+        verdict="on track" if not off else "ahead" if level > expected else "behind",
+    )
+
+
+def _at(values: list[float], x: float) -> float:
+    """Linear interpolation at a position from 0 on, the last value beyond the end."""
+    left = min(int(x), len(values) - 1)
+    right = min(left + 1, len(values) - 1)
+    return values[left] + (values[right] - values[left]) * (x - int(x))
+
+
+def _first_at(values: list[float], level: float) -> float:
+    """Where the best value so far first reached a level, infinite if it never did."""
+    best = list(accumulate(values, max))
+    right = bisect_left(best, level)
+    if right == 0:
+        return 0.0
+    if right == len(best):
+        return math.inf
+    return right - 1 + (level - best[right - 1]) / (best[right] - best[right - 1])
+
+
+def differing_options(run: EpochLog, published: EpochLog) -> list[str]:
+    """Options of the recipe that the run has otherwise, as 'name value (recipe: value)'."""
+    return [
+        f"{name} {run.options[name]} (recipe: {value})"
+        for name, value in published.options.items()
+        if name in run.options and run.options[name] != value and name not in ("workers", "seed")
+    ]
