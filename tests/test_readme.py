@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vip.benchmark.config import BenchmarkConfig
 from vip.cli.arguments import build_parser
 from vip.training.config import (
     GENERATE_FLAGS_WITHOUT_EFFECT,
@@ -42,9 +43,10 @@ def test_flags_in_documents_exist(path: Path):
         (TrainConfig, TRAIN_FLAGS_WITHOUT_EFFECT),
         (ValidateConfig, VALIDATE_FLAGS_WITHOUT_EFFECT),
         (GenerateConfig, GENERATE_FLAGS_WITHOUT_EFFECT),
+        (BenchmarkConfig, {}),
     ):
         known |= set(build_parser(config, "vip", ignored)._option_string_actions)
-    for program in (*ROOT.glob("studies/*.py"), ROOT / "vip/cli/label_maps.py"):
+    for program in (*ROOT.glob("studies/**/*.py"), *ROOT.glob("vip/cli/*.py")):
         known |= set(re.findall(r'add_argument\("(--[\w-]+)"', program.read_text()))
     assert not {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text())} - known
 
