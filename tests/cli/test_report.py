@@ -1,0 +1,153 @@
+"""`vip report`: where runs stand, alone and against a published log."""
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from training_command import Outcome
+
+from vip.errors import UserError
+from vip.reporting.runs import compare, read_run
+
+ZOO = Path(__file__).parents[2] / "models"
+PUBLISHED = [
+    float(row["eval_top1"]) for row in csv.DictReader((ZOO / "vip_s7/published_log.csv").read_text().splitlines())
+]
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Writes the folder of a run with these accuracies, and the recipe of ViP-Small/7 with these changes as options."""
+
+    def make(top1: list[float], name: str = "run", **changes: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [f"{epoch},{7 - epoch / 100},{5 - value / 20},{value},{value},0.001" for epoch, value in enumerate(top1)]
+        header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
+        (folder / "summary.csv").write_text("\n".join([header, *rows, ""]))
+        recipe = yaml.safe_load((ZOO / "vip_s7/recipe.yaml").read_text())
+        (folder / "args.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
+        return folder
+
+    return make
+
+
+def standing(run: Path):
+    return compare(read_run(run), read_run(ZOO / "vip_s7"))
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 12, 40, 200, 310])
+def test_the_published_run_is_on_its_own_track(make_run: MakeRun, epochs: int) -> None:
+    result = standing(make_run(PUBLISHED[:epochs]))
+    assert (result.verdict, result.epoch, result.window) == ("on track", epochs - 1, min(epochs, 5))
+    assert result.top1 == result.published_top1 == PUBLISHED[epochs - 1]
+    assert result.difference == 0 and abs(result.epochs_ahead) < 0.01
+
+
+@pytest.mark.parametrize(
+    "epochs, points, verdict",
+    [
+        (100, 0.4, "on track"),
+        (100, -0.4, "on track"),
+        (100, -1.0, "behind"),
+        (100, 1.0, "ahead"),
+        (310, -0.6, "behind"),
+        (310, 0.6, "ahead"),  # more than the published run ever had
+        (12, -3.0, "on track"),  # in the warm-up three points are one epoch
+        (12, -12.0, "behind"),
+    ],
+)
+def test_a_difference_in_points(make_run: MakeRun, epochs: int, points: float, verdict: str) -> None:
+    result = standing(make_run([value + points for value in PUBLISHED[:epochs]]))
+    assert result.verdict == verdict
+    assert result.difference == pytest.approx(points)
+
+
+@pytest.mark.parametrize("late", [1, 4, 8])
+def test_a_run_that_lags_by_whole_epochs(make_run: MakeRun, late: int) -> None:
+    """Where the log rises without a break, a run that does everything `late` epochs later is that far behind."""
+    result = standing(make_run([0.1] * late + PUBLISHED[: 18 - late]))
+    rising = PUBLISHED[18 - late - 5 : 18 - late]
+    assert rising == sorted(rising)
+    assert result.epochs_ahead == pytest.approx(-late, abs=0.6)
+    assert result.verdict == ("on track" if late < 2 else "behind")
+
+
+def test_another_length_is_compared_at_equal_shares(make_run: MakeRun) -> None:
+    """A run of 100 epochs, against NumPy's interpolation of the published 310."""
+    shares = np.interp(np.linspace(0, 309, 100), np.arange(310), PUBLISHED)
+    result = standing(make_run(list(shares[:60]), epochs=90, cooldown_epochs=10))
+    assert result.published_epoch == pytest.approx(59 * 309 / 99)
+    assert result.published_top1 == pytest.approx(shares[59]) and result.difference == pytest.approx(0, abs=1e-9)
+    assert result.verdict == "on track"
+
+
+def test_text(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
+    run = make_run([value - 1 for value in PUBLISHED[:100]], batch_size=128, workers=3)
+    outcome = command("report", run, "--against", ZOO / "vip_s7")
+    assert outcome.status == 0
+    assert f"| {run} | vip_s7 | 100 of 310 | 6.0100 | {PUBLISHED[99] - 1:.3f} |" in outcome.out
+    assert f"{run}: behind.\nEpoch 99 of 0 to 309: top-1 {PUBLISHED[99] - 1:.3f} %;" in outcome.out
+    assert "ended with 81.498 % (best 81.518 %)" in outcome.out
+    assert re.search(
+        r"Over the last 5 epochs -1.00 points, as the published run was \d+\.\d epochs earlier", outcome.out
+    )
+    assert "If the difference stays, it ends at 80.5 %." in outcome.out
+    assert "Unlike the recipe: batch_size 128 (recipe: 256)." in outcome.out
+
+
+def test_several_runs(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
+    first, second = make_run([10.0, 30.0, 20.0]), make_run([5.0], "other", model="vip_m7", epochs=3, cooldown_epochs=0)
+    out = command("report", first, second).out
+    assert f"| {first} | vip_s7 | 3 of 310 | 6.9800 | 20.000 | 30.000 | 1 |" in out
+    assert f"| {second} | vip_m7 | 1 of 3 | 7.0000 | 5.000 | 5.000 | 0 |" in out
+    assert "track" not in out
+    out = command("report", second, "--against", ZOO / "vip_s7").out
+    assert "The run trains vip_m7, the published one vip_s7." in out and "Unlike" not in out
+    assert "The run is 3 epochs and not 310: compared at equal shares of the schedule." in out
+
+
+@pytest.mark.parametrize("model", ["vip_s7", "vip_m7", "vip_l7"])
+def test_every_published_log_can_be_held_against(
+    make_run: MakeRun, command: Callable[..., Outcome], model: str
+) -> None:
+    outcome = command("report", ZOO / model, "--against", ZOO / model)
+    assert outcome.status == 0 and f"{ZOO / model}: on track." in outcome.out
+    assert "Unlike" not in outcome.out and "If the difference" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "has no epoch yet"),
+        ("epoch,eval_top1\n", "has no epoch yet"),
+        ("epoch,eval_top1\n0,10\n1,\n", "Line 3"),
+        ("epoch,eval_top1\n0,10\n1\n", "Line 3"),
+        ("epoch,eval_top1\n0,10\n1,2,3\n", "Line 3"),
+        ("epoch,eval_top1\n0,10\n1,ten\n", "Line 3"),
+        ("epoch,eval_top1\n0,10\n0,11\n", "not 0, 1, 2"),
+        ("epoch,eval_top1\n0,10\n1,nan\n", "nan in epoch 1"),
+        ("epoch,eval_loss\n0,10\n", "no column eval_top1, only epoch, eval_loss"),
+        ("\udcff", "Cannot read"),
+    ],
+)
+def test_damaged_logs(tmp_path: Path, content: str, said: str, command: Callable[..., Outcome]) -> None:
+    (tmp_path / "summary.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
+    message = command("report", tmp_path).error("vip report")
+    assert said in message and str(tmp_path) in message
+
+
+def test_no_log(tmp_path: Path, command: Callable[..., Outcome], make_run: MakeRun) -> None:
+    assert "does not exist" in command("report", tmp_path / "nowhere").error("vip report")
+    assert "neither the summary.csv" in command("report", tmp_path).error("vip report")
+    message = command("report", make_run([1.0]), "--against", ZOO / "vip_s14").error("vip report")
+    assert "vip_s14 holds neither" in message and "models/vip_s7" in message
+    with pytest.raises(UserError, match="Cannot read"):
+        run = make_run([1.0], "bad")
+        (run / "args.yaml").write_text("a: [")
+        read_run(run)
