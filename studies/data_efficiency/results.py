@@ -99,9 +99,9 @@ def _draw_ablations(results: Results, folder: Path) -> list[Path]:
     figure, (ax,) = new_figure()
     names = [BASELINE, *ABLATIONS]
     values = [[r["top1"] for r in of(results, name, 1.0)] for name in names]
-    ax.barh(names, [mean(v) for v in values], xerr=[stdev(v) for v in values], capsize=3)
+    ax.errorbar([mean(v) for v in values], names, xerr=[stdev(v) for v in values], fmt="o", capsize=3)
     ax.invert_yaxis()
-    ax.set(xlabel="top-1 in %", xlim=(min(map(min, values)) - 5, max(map(max, values)) + 2))
+    ax.set(xlabel="top-1 in %")
     return save_figure(figure, folder / "ablations")
 
 

@@ -131,15 +131,15 @@ def _draw_accuracy(rows: list[Row], x: str, title: str, path: Path) -> list[Path
     if not points:
         return []
     figure, (ax,) = new_figure()
-    for family, own in _by(points, lambda row: row["published_name"].partition("-")[0]).items():
+    for own in _by(points, lambda row: row["published_name"].partition("-")[0]).values():
         own.sort(key=lambda row: row[x])
-        ax.plot([row[x] for row in own], [row["published_top1"] for row in own], marker="o", label=family)
+        (line,) = ax.plot([row[x] for row in own], [row["published_top1"] for row in own], marker="o", alpha=0.6)
         for row in own:
             place = (row[x], row["published_top1"])
-            ax.annotate(row["published_name"], place, xytext=(4, 5), textcoords="offset points", fontsize=8)
+            style = dict(xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=line.get_color())
+            ax.annotate(row["published_name"], place, **style)
     ax.set(xlabel=title, ylabel="published ImageNet top-1 in %")
-    ax.margins(x=0.15)
-    ax.legend()
+    ax.margins(x=0.15, y=0.1)
     return save_figure(figure, path)
 
 
@@ -159,8 +159,10 @@ def _draw_growth(rows: list[Row], name: str, title: str, folder: Path) -> list[P
             x = [row[name] for row in own]
             time.plot(x, [1e3 / row[f"{phase}_images_per_second"] for row in own], marker="o", label=label)
             memory.plot(x, [row[f"{phase}_memory_gb"] or float("nan") for row in own], marker="o", label=label)
-        time.set(xlabel=title, ylabel="milliseconds an image", title=verb, ylim=(0, None))
-        memory.set(xlabel=title, ylabel="peak memory in GB", title=verb, ylim=(0, None))
+        values = sorted({row[name] for row in measured})
+        for ax, quantity in ((time, "milliseconds an image"), (memory, "peak memory in GB")):
+            ax.set(xlabel=title, ylabel=quantity, title=verb, ylim=(0, None))
+            ax.set_xticks(values)
         time.legend()
         files += save_figure(figure, folder / f"{phase}-{name.replace('_', '-')}")
     return files
