@@ -202,6 +202,25 @@ def test_rows_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("ratio" in name for row in rows.values() for name in row)
 
 
+@pytest.mark.xfail(strict=True, reason="where models leave too little, all measurements are lost")
+def test_the_matrix_product_has_its_memory_before_the_models_take_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def prepare(case: Case, *args: Any) -> Contender:
+        taken.append(case.model)
+        return Contender(lambda: None, Counts(1, 1, 1), (3, 8, 8), 1, None, 0.1)
+
+    def matmul_step(*args: Any) -> tuple[Callable[[], None], int]:
+        taken.append("product")
+        return lambda: None, 1
+
+    monkeypatch.setattr(runner, "prepare", prepare)
+    monkeypatch.setattr(runner, "matmul_step", matmul_step)
+    options = dict(bench="inference", rounds=1, seconds=0.0, batch_size=[1])
+    runner.run(BenchmarkConfig(**options), ["a", "b"], "a", CPU)
+    assert taken == ["product", "a", "b"]
+
+
 def test_rows_of_published_models(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = simulate(monkeypatch, {"vip_s7": [1.0], "mixer_b16_224": [1.0], "vip_s14": [1.0]})
     published = {name: value for name, value in rows["vip_s7"].items() if name.startswith("published")}
@@ -233,8 +252,7 @@ def test_a_model_that_does_not_take_an_image_size(
     assert "train_ratio" in rows[("test_resnet", 40)] and "train_ratio" not in rows[("test_resnet", 33)]
 
 
-@pytest.mark.parametrize("bench", ["inference", "train"])
-@pytest.mark.parametrize("form", ["markdown", "csv", "json"])
+@pytest.mark.parametrize("bench, form", [("inference", "markdown"), ("train", "csv"), ("inference", "json")])
 def test_formats(command: Callable[..., Outcome], quick_product: None, tmp_path: Path, bench: str, form: str) -> None:
     argv = ("--models", "vip_nano4_32", "-b", 1, "--bench", bench, "--format", form, "--output", tmp_path)
     outcome = command("benchmark", *argv, *QUICK)
@@ -247,7 +265,7 @@ def test_formats(command: Callable[..., Outcome], quick_product: None, tmp_path:
     elif form == "json":
         (row,) = json.loads(outcome.out)["rows"]
     else:
-        assert ("Training" in outcome.out or "train img/s" in outcome.out) == (bench == "train")
+        assert f"| {bench} img/s |" in outcome.out and f"{other} img/s" not in outcome.out
         return
     assert row["model"] == "vip_nano4_32" and float(row[f"{bench}_ratio"]) == 1
     assert not any(name.startswith(other) for name in row)

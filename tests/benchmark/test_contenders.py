@@ -106,12 +106,14 @@ def test_other_errors_are_not_mistaken(monkeypatch: pytest.MonkeyPatch, error: E
 
 
 def test_memory_of_an_attempt_is_free_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error holds the frames in which it was raised, and with them their tensors."""
+    """The error holds the frames in which it was raised, and models refer to themselves in circles."""
     alive: list[Any] = []
 
     def _prepare(case: Case, batch_size: int, *args: Any) -> Contender:
         assert not any(ref() is not None for ref in alive), "the failed attempt is still there"
         images = torch.empty(batch_size)
+        circle: list[Any] = [images]
+        circle.append(circle)
         alive.append(weakref.ref(images))
         if batch_size > 1:
             raise torch.OutOfMemoryError("out of memory")
