@@ -20,11 +20,13 @@ def main() -> None:
         device = setup_runtime(args.device).device
         results = run_missing(args.data, args.size, device, output, args.jobs)
         write_csv(results, output / "results.csv")
+        print(table(results, args.size))
         for name in draw(results, output):
             print(name, file=sys.stderr)
-        print(table(results, args.size))
     except UserError as e:
         sys.exit(f"Error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _arguments() -> argparse.Namespace:
@@ -38,7 +40,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--device", help="device (default: cuda where there is one, else cpu)")
     parser.add_argument("--output", help="folder of the results (default: output/data-efficiency-SIZE)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}, expected at least 1")
+    return args
 
 
 if __name__ == "__main__":

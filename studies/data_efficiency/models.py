@@ -73,6 +73,7 @@ class AblatedPermuteMlp(PermuteMlp):
 
     def __init__(self, dim: int, segments: int, grid_size: tuple[int, int], branches: str, reweight: bool) -> None:
         super().__init__(dim, segments, grid_size)
+        assert branches == "hwc" or not reweight, "the published weights are of three branches"
         self.branches = branches
         for name in set("hwc") - set(branches):
             delattr(self, f"mlp_{name}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from studies.data_efficiency.models import ABLATIONS, MODELS
 from studies.data_efficiency.training import Job, train
+from vip.errors import UserError
 from vip.files import replacing
 from vip.training.runtime import Runtime
 
@@ -30,7 +32,10 @@ def jobs() -> list[Job]:
 
 def run_missing(data: str, size: str, device: torch.device, output: Path, at_a_time: int) -> list[dict[str, Any]]:
     """Run the trainings that have no result in `output`; returns the results of all."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"Cannot write to {output} ({e.strerror}); choose another --output.") from e
     files = {job: output / f"{job.name}.json" for job in jobs()}
     missing = [job for job, file in files.items() if not file.exists()]
     threads = max(1, (os.cpu_count() or 1) // at_a_time)
@@ -38,12 +43,17 @@ def run_missing(data: str, size: str, device: torch.device, output: Path, at_a_t
         at_a_time, get_context("spawn"), initializer=_start_process, initargs=(threads, device.type)
     ) as pool:
         running = [pool.submit(_run, job, data, size, device, files[job]) for job in missing]
-        for done in tqdm(as_completed(running), "Trainings", len(files), initial=len(files) - len(missing)):
-            done.result()
+        try:
+            for done in tqdm(as_completed(running), "Trainings", len(files), initial=len(files) - len(missing)):
+                done.result()
+        except BaseException:  # an interruption, or a training that failed: the others are not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [json.loads(file.read_text()) for file in files.values()]
 
 
 def _start_process(threads: int, device_type: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interruption ends a training at once
     torch.set_num_threads(threads)
     if device_type == "cpu":
         set_fused_attn(False)  # in bfloat16 on a CPU, torch's fused attention trains at half the speed of the plain one

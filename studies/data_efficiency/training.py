@@ -62,7 +62,7 @@ def images_in_memory(data: str, split: str, device: torch.device) -> tuple[torch
 
 
 def share(labels: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
-    """Indices of a random share of each class."""
+    """Indices of a random share of each class; of one seed a smaller share is a part of a larger one."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in labels.unique().tolist():
@@ -130,7 +130,7 @@ def train(job: Job, data: str, size_name: str, runtime: Runtime) -> dict[str, An
     batches = Batches(images[chosen], labels[chosen], size.batch_size, length, job.seed)
 
     random_seed(job.seed)
-    config = TrainConfig(epochs=size.points, log_interval=length, **COMMON_RECIPE, **size.recipe)
+    config = TrainConfig(seed=job.seed, epochs=size.points, log_interval=length, **COMMON_RECIPE, **size.recipe)
     state = _create_state(build(job.model, size).to(runtime.device), config, runtime, length)
     curve = _train_and_test(state, config, runtime, batches, _tests(data, runtime.device))
     return {

@@ -202,7 +202,6 @@ def test_rows_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("ratio" in name for row in rows.values() for name in row)
 
 
-@pytest.mark.xfail(strict=True, reason="where models leave too little, all measurements are lost")
 def test_the_matrix_product_has_its_memory_before_the_models_take_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
@@ -300,8 +299,8 @@ def test_default_folder(
         ("vip_s7", ["vip_s7", "flag"]),
         ("--rounds 0", ["--rounds is 0", "at least 1"]),
         ("--warmup 0", ["--warmup is 0", "at least 1"]),
-        ("--seconds -1", ["--seconds is -1", "at least 0"]),
-        ("--seconds nan", ["--seconds is nan", "at least 0"]),
+        ("--seconds -1", ["--seconds is -1", "0 to 3600"]),
+        ("--seconds nan", ["--seconds is nan", "0 to 3600"]),
         ("-b 0", ["--batch-size is 0", "at least 1"]),
         ("--img-size 224 0", ["--img-size is 0", "at least 1"]),
     ],
@@ -330,7 +329,6 @@ def test_a_folder_that_cannot_be_written(command: Callable[..., Outcome], quick_
     assert str(tmp_path / "file" / "x") in message and "Not a directory" in message and "--output" in message
 
 
-@pytest.mark.xfail(strict=True, reason="it is found when all is measured")
 def test_a_folder_that_cannot_be_written_costs_no_time(
     command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +338,6 @@ def test_a_folder_that_cannot_be_written_costs_no_time(
     assert "--output" in outcome.error("vip benchmark")
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback of the median of no numbers")
 def test_an_endless_turn(command: Callable[..., Outcome], quick_product: None, tmp_path: Path) -> None:
     argv = ("--models", "vip_nano4_32", "-b", 1, "--bench", "inference", *QUICK, "--output", tmp_path)
     assert "--seconds" in command("benchmark", *argv, "--seconds", "inf").error("vip benchmark")
@@ -380,11 +377,11 @@ def test_clocks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     if sys.platform == "win32":
         pytest.skip("the tool is a shell script")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment._gpu_clocks(0) == {}
+    assert environment._gpu_clocks("GPU-1") == {}
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\necho "1980 MHz, 1980 MHz, 2619 MHz, 700.00 W, 31"\n')
     tool.chmod(0o755)
-    assert environment._gpu_clocks(0) == {
+    assert environment._gpu_clocks("GPU-1") == {
         "gpu_clocks.sm": "1980 MHz",
         "gpu_clocks.max.sm": "1980 MHz",
         "gpu_clocks.mem": "2619 MHz",
@@ -392,7 +389,7 @@ def test_clocks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "gpu_temperature.gpu": "31",
     }
     tool.write_text("#!/bin/sh\necho no devices\nexit 9\n")
-    assert environment._gpu_clocks(0) == {}
+    assert environment._gpu_clocks("GPU-1") == {}
 
 
 def test_processor() -> None:

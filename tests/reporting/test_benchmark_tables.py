@@ -216,7 +216,6 @@ def test_values_of_accuracy(figures: dict[str, Any], tmp_path: Path) -> None:
     assert [len(points) for points in lines(ax).values()] == [3, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="the batch size that was asked for is drawn")
 def test_halved_batches_are_drawn_as_what_they_are(figures: dict[str, Any], tmp_path: Path) -> None:
     rows = [row("a", 224, 8, **phase("train", 1, 0, 8)), row("a", 224, 64, **phase("train", 2, 0, 16))]
     draw_benchmark(rows, tmp_path)

@@ -280,7 +280,6 @@ def test_finished_trainings_are_not_repeated(
     assert runs.run_missing(str(data), tiny, CPU, output, 1) == results and len(trained) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="all others are waited for")
 @pytest.mark.parametrize("error", [UserError("out of luck"), KeyboardInterrupt()])
 def test_an_error_or_an_interrupt_does_not_wait_for_the_other_trainings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -335,7 +334,6 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         run(monkeypatch, tmp_path, "--output", tmp_path / "out", "--device", "nosuch")
 
 
-@pytest.mark.xfail(strict=True, raises=(ZeroDivisionError, OSError), reason="these are tracebacks")
 @pytest.mark.parametrize("argv", [("--jobs", 0), ("--output", "/dev/null/x")])
 def test_mistakes_that_are_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple) -> None:
     with pytest.raises(SystemExit):

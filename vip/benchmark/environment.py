@@ -45,7 +45,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": info.nvidia_driver_version,
-            **_gpu_clocks(device.index or 0),
+            **_gpu_clocks(f"GPU-{properties.uuid}"),
         }
     return facts
 
@@ -65,10 +65,10 @@ def _cpu_mhz() -> float | None:
     return max(map(float, clocks), default=None)
 
 
-def _gpu_clocks(index: int) -> dict[str, str]:
+def _gpu_clocks(uuid: str) -> dict[str, str]:
     if not shutil.which("nvidia-smi"):
         return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_CLOCKS)}", "--format=csv,noheader", "-i", str(index)]
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_CLOCKS)}", "--format=csv,noheader", "-i", uuid]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     values = [value.strip() for value in result.stdout.split(",")] if result.returncode == 0 else []
     return {f"gpu_{name}": value for name, value in zip(_GPU_CLOCKS, values, strict=False)}

@@ -85,15 +85,17 @@ def take_turns(
 def one_line(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # torch.compile names the backend in a line that ends in a colon, and the reason in the next
+    return next((line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was what a computation lacked."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    # the last is all that oneDNN says
+    texts = ("can't allocate memory", "not enough memory", "could not create a primitive")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def free_memory(device: torch.device) -> None:

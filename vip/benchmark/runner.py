@@ -15,7 +15,6 @@ from vip.benchmark.contenders import Case, Contender, prepare
 from vip.benchmark.measure import Step, Turns, free_memory, matmul_step, one_line, take_turns, within_available_memory
 from vip.benchmark.published import published_rows
 from vip.errors import UserError
-from vip.training.factory import check_compile_backend
 from vip.training.runtime import allow_fast_kernels
 from vip.training.weights import check_model_name
 
@@ -42,12 +41,12 @@ def run(config: BenchmarkConfig, models: list[str], baseline: str, device: torch
         its measurements under names that begin with 'inference_' or 'train_'; a phase that failed has an '_error'.
 
     Raises:
-        UserError: If torch.compile does not know the backend.
+        UserError: If the device cannot multiply matrices in this precision.
     """
-    check_compile_backend(config.torchcompile)
     allow_fast_kernels(device)
     sizes: list[int | None] = [*config.img_size] or [None]
     cases = [Case(model, size, batch) for size in sizes for batch in config.batch_size for model in models]
+    cases = list(dict.fromkeys(cases))
     rows = {case: _described(case) for case in cases}
     with within_available_memory(device):
         for phase in config.phases:
@@ -70,7 +69,9 @@ def choose_models(config: BenchmarkConfig) -> list[str]:
         if glob.has_magic(pattern):
             found = timm.list_models(pattern)
             if not found:
-                raise UserError(f"No model matches --models {pattern!r}.")
+                raise UserError(
+                    f"No model matches --models {pattern!r}; 'vip_*' or 'resnet*' are patterns of names in timm."
+                )
             names += found
         else:
             check_model_name(pattern)
@@ -106,6 +107,9 @@ def _measure(
     cases: list[Case], phase: str, baseline: str, config: BenchmarkConfig, device: torch.device
 ) -> dict[Case, Row]:
     """Prepare all cases, let them take turns, and compare them; what fails is a row with an error."""
+    # before the models: what they leave of the memory may be too little for it
+    matmul, products = matmul_step(getattr(torch, config.precision), device)
+    matmul()
     contenders: dict[Case, Contender] = {}
     measured: dict[Case, Row] = {}
     for case in tqdm(cases, f"Preparing {phase}", leave=False, disable=None):
@@ -114,12 +118,12 @@ def _measure(
         except Exception as e:  # any model may fail in a way of its own, and the other rows are worth having
             measured[case] = {f"{phase}_error": _failed(case, phase, one_line(e))}
             free_memory(device)
-    matmul, products = matmul_step(getattr(torch, config.precision), device)
     steps: dict[Hashable, Step] = {MATMUL: matmul}
     steps.update((case, contender.step) for case, contender in contenders.items())
-    matmul()
     with tqdm(total=config.rounds * len(steps), desc=f"Timing {phase}", leave=False, disable=None) as progress:
         turns = take_turns(steps, config.rounds, config.seconds, device, progress.update)
+    if turns[MATMUL].error:
+        raise UserError(f"A matrix product in {config.precision} fails on {device}: {turns[MATMUL].error}")
     rate = products / median(turns[MATMUL].seconds)
     for case, contender in contenders.items():
         own = turns[case]
@@ -128,7 +132,8 @@ def _measure(
             continue
         base = Case(baseline, case.img_size, case.batch_size)
         speed = _images_per_second(contender, own)
-        base_speed = _images_per_second(contenders[base], turns[base]) if base in contenders else []
+        compared = base in contenders and not turns[base].error
+        base_speed = _images_per_second(contenders[base], turns[base]) if compared else []
         figures = _figures(contender, speed, base_speed, rate / PRODUCTS[phase])
         measured[case] = {**_about(contender), **{f"{phase}_{name}": value for name, value in figures.items()}}
     del contenders, steps, matmul

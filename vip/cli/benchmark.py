@@ -11,6 +11,7 @@ from vip.benchmark.runner import choose_baseline, choose_models, run
 from vip.cli.arguments import parse
 from vip.reporting.benchmarks import csv_table, draw_benchmark, json_table, markdown_table, write_texts
 from vip.reporting.logs import setup_logging
+from vip.training.factory import check_compile_backend
 from vip.training.runtime import setup_runtime
 
 _logger = logging.getLogger(__name__)
@@ -21,8 +22,11 @@ def main(argv: list[str]) -> int:
     config, _ = parse(BenchmarkConfig, argv, "vip benchmark")
     setup_logging(is_primary=True)
     device = setup_runtime(config.device).device
+    check_compile_backend(config.torchcompile)
     models = choose_models(config)
     baseline = choose_baseline(config, models)
+    folder = Path(config.output or time.strftime("output/benchmark/%Y%m%d-%H%M%S"))
+    write_texts(folder, {})  # whether it can be written is to be known before, and not after, everything is measured
     rows = run(config, models, baseline, device)
     facts = environment(device)
     texts = {
@@ -30,9 +34,8 @@ def main(argv: list[str]) -> int:
         "results.csv": csv_table(rows),
         "results.json": json_table(rows, facts, dataclasses.asdict(config)),
     }
-    folder = Path(config.output or time.strftime("output/benchmark/%Y%m%d-%H%M%S"))
-    files = write_texts(folder, texts)
     print(texts[{"markdown": "table.md", "csv": "results.csv", "json": "results.json"}[config.format]])
+    files = write_texts(folder, texts)
     files += draw_benchmark(rows, folder)
     _logger.info(f"Written to {folder}: {', '.join(file.name for file in files)}")
     return int(any(name.endswith("_error") for row in rows for name in row))

@@ -1,8 +1,10 @@
 """Tables and pictures of benchmarks."""
 
 import csv
+import errno
 import io
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,8 @@ def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         for name, text in texts.items():
             with replacing(folder / name) as unfinished:
                 unfinished.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
@@ -154,12 +158,13 @@ def _draw_growth(rows: list[Row], name: str, title: str, folder: Path) -> list[P
         other = "batch_size" if name == "img_size" else "img_size"
         several = len({row[other] for row in measured}) > 1
         groups = _by(measured, lambda r: f"{r['model']}, {r[other]}" if several else r["model"])  # noqa: B023  # used at once
+        measured_as = f"{phase}_batch_size" if name == "batch_size" else name  # it may have been halved
         for label, own in groups.items():
-            own.sort(key=lambda row: row[name])
-            x = [row[name] for row in own]
+            own.sort(key=lambda row: row[measured_as])  # noqa: B023  # used at once
+            x = [row[measured_as] for row in own]
             time.plot(x, [1e3 / row[f"{phase}_images_per_second"] for row in own], marker="o", label=label)
             memory.plot(x, [row[f"{phase}_memory_gb"] or float("nan") for row in own], marker="o", label=label)
-        values = sorted({row[name] for row in measured})
+        values = sorted({row[measured_as] for row in measured})
         for ax, quantity in ((time, "milliseconds an image"), (memory, "peak memory in GB")):
             ax.set(xlabel=title, ylabel=quantity, title=verb, ylim=(0, None))
             ax.set_xticks(values)
