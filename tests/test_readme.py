@@ -1,12 +1,14 @@
 """The README against the program it describes."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from vip.benchmark.config import BenchmarkConfig
-from vip.cli.arguments import build_parser
+from vip.benchmark.runner import choose_models
+from vip.cli.arguments import build_parser, parse
 from vip.training.config import (
     GENERATE_FLAGS_WITHOUT_EFFECT,
     TRAIN_FLAGS_WITHOUT_EFFECT,
@@ -79,3 +81,11 @@ def test_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     exec(compile(code, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 10)
     assert names["model"].patch_embed.img_size == (64, 64)
+
+
+def test_benchmark_commands_of_the_readme_are_understood() -> None:
+    lines = [line.partition(" #")[0] for line in README.splitlines() if line.startswith("vip benchmark")]
+    assert len(lines) >= 5
+    for line in lines:
+        config, _ = parse(BenchmarkConfig, shlex.split(line)[2:], "vip benchmark")
+        assert choose_models(config)

@@ -38,6 +38,8 @@ def run_missing(data: str, size: str, device: torch.device, output: Path, at_a_t
         raise UserError(f"Cannot write to {output} ({e.strerror}); choose another --output.") from e
     files = {job: output / f"{job.name}.json" for job in jobs()}
     missing = [job for job, file in files.items() if not file.exists()]
+    for job in files.keys() - set(missing):  # before hours are spent beside results that are of no use
+        _read(files[job], size)
     threads = max(1, (os.cpu_count() or 1) // at_a_time)
     with ProcessPoolExecutor(
         at_a_time, get_context("spawn"), initializer=_start_process, initargs=(threads, device.type)
@@ -49,7 +51,17 @@ def run_missing(data: str, size: str, device: torch.device, output: Path, at_a_t
         except BaseException:  # an interruption, or a training that failed: the others are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [json.loads(file.read_text()) for file in files.values()]
+    return [_read(file, size) for file in files.values()]
+
+
+def _read(file: Path, size: str) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text())
+    except ValueError as e:
+        raise UserError(f"{file} is damaged ({e}): remove it, and the training is repeated.") from e
+    if result["size"] != size:
+        raise UserError(f"{file.parent} holds results of --size {result['size']}, not {size}: choose another --output.")
+    return result
 
 
 def _start_process(threads: int, device_type: str) -> None:

@@ -15,10 +15,11 @@ from timm.utils import random_seed
 from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, PILToTensor, Resize
 
-from studies.data_efficiency.models import BASELINE, MODELS, PIXELS, SIZES, build, counts
+from studies.data_efficiency.models import BASELINE, COMMON, MODELS, PIXELS, SIZES, build, counts
 from vip.data.augmentation import create_mixup
 from vip.data.config import DatasetConfig
 from vip.data.datasets import create_split
+from vip.errors import UserError
 from vip.reporting.progress import ProgressBar
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, evaluate, train_one_epoch
@@ -58,6 +59,8 @@ def images_in_memory(data: str, split: str, device: torch.device) -> tuple[torch
     dataset: Any = create_split(DatasetConfig(data=data), split, is_training=False, max_bad_images=0)
     dataset.transform = Compose([Resize(PIXELS), CenterCrop(PIXELS), PILToTensor()])
     images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    if max(labels) >= COMMON["num_classes"]:
+        raise UserError(f"{data} has {max(labels) + 1} classes, expected the {COMMON['num_classes']} of CIFAR-10.")
     return torch.stack(images).to(device), torch.tensor(labels, device=device)
 
 
@@ -135,6 +138,7 @@ def train(job: Job, data: str, size_name: str, runtime: Runtime) -> dict[str, An
     curve = _train_and_test(state, config, runtime, batches, _tests(data, runtime.device))
     return {
         **dataclasses.asdict(job),
+        "size": size_name,
         "params": own.params,
         "macs": own.macs,
         "training_images": len(chosen),

@@ -60,6 +60,16 @@ class BenchmarkConfig(RowsConfig, SettingConfig, TimingConfig, OutputConfig):
     """Options of `vip benchmark`."""
 
     @property
+    def setting(self) -> str:
+        """What all rows have in common, in words."""
+        words = [self.precision, f"{self.rounds} rounds of {self.seconds:g} s"]
+        words += ["channels last"] if self.channels_last else []
+        words += (
+            [f"torch.compile ({self.torchcompile}, {self.torchcompile_mode or 'default'})"] if self.torchcompile else []
+        )
+        return ", ".join(words + ([f"training with {self.opt}"] if "train" in self.phases else []))
+
+    @property
     def phases(self) -> tuple[str, ...]:
         """What is timed, of 'inference' and 'train'."""
         return ("inference", "train") if self.bench == "both" else (self.bench,)

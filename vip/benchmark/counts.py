@@ -42,7 +42,7 @@ class _ActivationCounter(TorchDispatchMode):
 def count(model: nn.Module, input_size: tuple[int, ...]) -> Counts:
     """Count what one image of `input_size` (channels, height, width) costs in evaluation; `model` is left alone."""
     params = sum(p.numel() for p in model.parameters())
-    shell = copy.deepcopy(model).to("meta").eval()
+    shell = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # the counter would hook gradients
     image = torch.zeros(1, *input_size, device="meta")
     with FlopCounterMode(display=False) as flops, _ActivationCounter() as activations:
         shell(image)

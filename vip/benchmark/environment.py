@@ -3,6 +3,7 @@
 import datetime
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,11 @@ _GPU_CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "tempe
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, threads and clocks, as they are now."""
+    """Hardware, versions, threads and load, as they are now."""
     info = get_env_info()
     facts = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["vip", *sys.argv[1:]]),
+        "command": shlex.join(["vip", *sys.argv[1:]]),
         "vip": __version__,
         "timm": timm.__version__,
         "torch": info.torch_version,
@@ -32,7 +33,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "cpu_threads_of_torch": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_mhz": _cpu_mhz(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # not on Windows
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -45,9 +45,14 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": info.nvidia_driver_version,
-            **_gpu_clocks(f"GPU-{properties.uuid}"),
         }
     return facts
+
+
+def clocks(device: torch.device) -> dict[str, Any]:
+    """Clocks, power limit and temperature, as they are now."""
+    gpu = _gpu_clocks(f"GPU-{torch.cuda.get_device_properties(device).uuid}") if device.type == "cuda" else {}
+    return {"cpu_mhz": _cpu_mhz(), **gpu}
 
 
 def _lscpu(text: str | None, name: str) -> str | None:

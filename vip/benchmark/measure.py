@@ -27,10 +27,12 @@ class Turns:
     Attributes:
         seconds: Seconds of one step, averaged over each turn.
         error: Why it takes no more turns, empty if nothing went wrong.
+        out_of_memory: Whether memory was what it lacked.
     """
 
     seconds: list[float] = field(default_factory=list)
     error: str = ""
+    out_of_memory: bool = False
 
 
 def take_turn(step: Step, repeats: int, device: torch.device) -> float:
@@ -77,7 +79,7 @@ def take_turns(
                         repeats[name] = max(1, round(seconds / max(take_turn(steps[name], 1, device), 1e-9)))
                     turns[name].seconds.append(take_turn(steps[name], repeats[name], device))
                 except Exception as e:  # whatever it is that a model does not survive, the others go on
-                    turns[name].error = one_line(e)
+                    turns[name].error, turns[name].out_of_memory = one_line(e), is_out_of_memory(e)
             on_turn()
     return turns
 

@@ -1,5 +1,6 @@
 """The benchmark: models take turns, and become rows."""
 
+import dataclasses
 import glob
 import logging
 from collections.abc import Hashable, Iterable
@@ -15,6 +16,8 @@ from vip.benchmark.contenders import Case, Contender, prepare
 from vip.benchmark.measure import Step, Turns, free_memory, matmul_step, one_line, take_turns, within_available_memory
 from vip.benchmark.published import published_rows
 from vip.errors import UserError
+from vip.training.config import TrainConfig
+from vip.training.factory import check_compile_backend, create_optimizer
 from vip.training.runtime import allow_fast_kernels
 from vip.training.weights import check_model_name
 
@@ -67,7 +70,7 @@ def choose_models(config: BenchmarkConfig) -> list[str]:
     names: list[str] = []
     for pattern in patterns:
         if glob.has_magic(pattern):
-            found = timm.list_models(pattern)
+            found = timm.list_models(pattern, include_tags="." in pattern)
             if not found:
                 raise UserError(
                     f"No model matches --models {pattern!r}; 'vip_*' or 'resnet*' are patterns of names in timm."
@@ -77,6 +80,19 @@ def choose_models(config: BenchmarkConfig) -> list[str]:
             check_model_name(pattern)
             names.append(pattern)
     return list(dict.fromkeys(names))
+
+
+def check_setting(config: BenchmarkConfig) -> None:
+    """Refuse before anything is measured what would fail afterwards.
+
+    Raises:
+        UserError: If a flag has no effect, or names no compiler backend or optimizer.
+    """
+    check_compile_backend(config.torchcompile)
+    if config.torchcompile_mode and not config.torchcompile:
+        raise UserError("--torchcompile-mode is a mode of --torchcompile: add it.")
+    if "train" in config.phases:
+        create_optimizer(TrainConfig(opt=config.opt), torch.nn.Linear(1, 1), 1)
 
 
 def choose_baseline(config: BenchmarkConfig, models: list[str]) -> str:
@@ -118,10 +134,20 @@ def _measure(
         except Exception as e:  # any model may fail in a way of its own, and the other rows are worth having
             measured[case] = {f"{phase}_error": _failed(case, phase, one_line(e))}
             free_memory(device)
-    steps: dict[Hashable, Step] = {MATMUL: matmul}
-    steps.update((case, contender.step) for case, contender in contenders.items())
-    with tqdm(total=config.rounds * len(steps), desc=f"Timing {phase}", leave=False, disable=None) as progress:
-        turns = take_turns(steps, config.rounds, config.seconds, device, progress.update)
+    while True:
+        steps: dict[Hashable, Step] = {MATMUL: matmul}
+        steps.update((case, contender.step) for case, contender in contenders.items())
+        with tqdm(total=config.rounds * len(steps), desc=f"Timing {phase}", leave=False, disable=None) as progress:
+            turns = take_turns(steps, config.rounds, config.seconds, device, progress.update)
+        short = [case for case in contenders if turns[case].out_of_memory and contenders[case].batch_size > 1]
+        if not short:
+            break
+        del steps
+        for case in short:  # beside the others it did not fit: all turns again, with half its batch
+            half = dataclasses.replace(case, batch_size=contenders.pop(case).batch_size // 2)
+            free_memory(device)
+            _logger.warning(f"{case.model}: out of memory beside the others, trying a batch of {half.batch_size}.")
+            contenders[case] = prepare(half, phase, config, device)
     if turns[MATMUL].error:
         raise UserError(f"A matrix product in {config.precision} fails on {device}: {turns[MATMUL].error}")
     rate = products / median(turns[MATMUL].seconds)
@@ -166,6 +192,7 @@ def _figures(contender: Contender, speed: list[float], base_speed: list[float], 
     macs_per_second = median(speed) * contender.counts.macs
     return {
         "batch_size": contender.batch_size,
+        "rounds": len(speed),
         "images_per_second": median(speed),
         "images_per_second_low": min(speed),
         "images_per_second_high": max(speed),

@@ -47,14 +47,20 @@ def describe(run: EpochLog, published: EpochLog, standing: Standing) -> str:
         f"Over the last {standing.window} epochs {standing.difference:+.2f} points, {_shift(standing.epochs_ahead)}. "
         f"Up to {POINTS} points, or what the published run gains in two epochs, count as on track.",
     ]
-    if standing.epoch + 1 < run.epochs:
-        lines.append(f"If the difference stays, it ends at {theirs[-1] + standing.difference:.1f} %.")
-    if run.epochs != len(theirs):
+    same_schedule = not run.options.get("epochs") or run.epochs == len(theirs)
+    end = theirs[-1] + standing.difference
+    if standing.epoch + 1 < len(theirs) and same_schedule and end <= 100:
+        lines.append(f"If the difference stays, it ends at {end:.1f} %.")
+    if not run.options.get("epochs"):
+        lines.append(f"No options are beside it: taken to have the published {len(theirs)} epochs.")
+    elif not same_schedule:
         lines.append(f"The run is {run.epochs} epochs and not {len(theirs)}: compared at equal shares of the schedule.")
     model, expected = run.options.get("model"), published.options.get("model")
     if model and expected and model != expected:
         lines.append(f"The run trains {model}, the published one {expected}.")
-    elif others := differing_options(run, published):
+    if (classes := run.classes) not in (None, 1000):
+        lines.append(f"The run has {classes} classes, the published one the 1000 of ImageNet: they do not compare.")
+    if model == expected and (others := differing_options(run, published)):
         lines.append(f"Unlike the recipe: {', '.join(others)}.")
     return "\n".join(lines)
 

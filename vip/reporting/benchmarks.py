@@ -11,32 +11,33 @@ from typing import Any
 
 from vip.errors import UserError
 from vip.files import replacing
-from vip.reporting.plots import new_figure, save_figure
+from vip.reporting.plots import COLORS, new_figure, save_figure
 
 Row = dict[str, Any]
 PHASES = {"inference": "Inference", "train": "Training"}
 
 
-def markdown_table(rows: list[Row], environment: dict[str, Any], baseline: str) -> str:
-    """The rows as a Markdown table, with the environment below."""
+def markdown_table(rows: list[Row], environment: dict[str, Any], baseline: str, setting: str) -> str:
+    """The rows as a Markdown table, with setting and environment below."""
     columns: list[tuple[str, Any]] = [
         ("model", lambda r: f"`{r['model']}`"),
         ("pixels", lambda r: _number(r["img_size"])),
-        ("parameters", lambda r: _number(r.get("params_m"), ".1f", "M")),
-        ("MACs", lambda r: _number(r.get("gmacs"), ".2f", "G")),
-        ("activations", lambda r: _number(r.get("activations_m"), ".1f", "M")),
+        ("batch", lambda r: _number(r["batch_size"])),
+        ("parameters", lambda r: _number(r.get("params_m"), unit="M")),
+        ("MACs", lambda r: _number(r.get("gmacs"), unit="G")),
+        ("activations", lambda r: _number(r.get("activations_m"), unit="M")),
     ]
     for phase in (p for p in PHASES if any(key.startswith(f"{p}_") for row in rows for key in row)):
         columns += [
             (f"{phase} img/s", lambda r, p=phase: _speed(r, p)),
             (f"x {baseline}", lambda r, p=phase: _ratio(r, p)),
             ("of matmul", lambda r, p=phase: _number(r.get(f"{p}_share_of_matmul_rate"), ".0%")),
-            ("memory", lambda r, p=phase: _number(r.get(f"{p}_memory_gb"), ".2f", " GB")),
+            ("memory", lambda r, p=phase: _number(r.get(f"{p}_memory_gb"), unit=" GB")),
         ]
     if any("published_top1" in row for row in rows):
         columns += [
-            ("published top-1", lambda r: _number(r.get("published_top1"), ".1f", " %")),
-            ("published V100 img/s", lambda r: _number(r.get("published_v100_images_per_second"), ".0f")),
+            ("published top-1", lambda r: _number(r["published_top1"] if _as_published(r) else None, ".1f", " %")),
+            ("published V100 img/s, batch 32", _published_speed),
         ]
     lines = [
         f"| {' | '.join(name for name, _ in columns)} |",
@@ -44,13 +45,28 @@ def markdown_table(rows: list[Row], environment: dict[str, Any], baseline: str) 
         *(f"| {' | '.join(cell(row) for _, cell in columns)} |" for row in rows),
         "",
         *_failures(rows),
+        f"{setting}.",
+        "",
         "; ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
     ]
     return "\n".join(lines)
 
 
 def _number(value: float | None, form: str = "", unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+    """A number in a form, or in three digits at least."""
+    if value is None:
+        return "-"
+    return f"{value:{form or (',.0f' if value >= 100 else '.3g')}}{unit}"
+
+
+def _as_published(row: Row) -> bool:
+    """Whether a row is of a published model at the image size its figures are for."""
+    return "published_top1" in row and row["img_size"] == row["published_img_size"]
+
+
+def _published_speed(row: Row) -> str:
+    same = _as_published(row) and row["batch_size"] == 32
+    return _number(row["published_v100_images_per_second"] if same else None, ".0f")
 
 
 def _speed(row: Row, phase: str) -> str:
@@ -60,19 +76,21 @@ def _speed(row: Row, phase: str) -> str:
     speed, low, high = (row[f"{phase}_images_per_second{end}"] for end in ("", "_low", "_high"))
     batch = row[f"{phase}_batch_size"]
     less = f", batch {batch}: out of memory with {row['batch_size']}" if batch != row["batch_size"] else ""
-    return f"{speed:,.{0 if speed >= 10 else 2}f} (±{(high - low) / 2 / speed:.0%}{less})"
+    spread = f"±{(high - low) / 2 / speed:.0%}" if row[f"{phase}_rounds"] > 1 else "one round"
+    return f"{speed:,.{0 if speed >= 10 else 2}f} ({spread}{less})"
 
 
 def _ratio(row: Row, phase: str) -> str:
     if f"{phase}_ratio" not in row:
         return "-"
     ratio, low, high = (row[f"{phase}_ratio{end}"] for end in ("", "_low", "_high"))
-    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})" if row[f"{phase}_rounds"] > 1 else f"{ratio:.2f}"
 
 
 def _failures(rows: list[Row]) -> list[str]:
     failed = [
-        f"- `{row['model']}` at {row['img_size'] or 'its'} pixels, {phase}: {row[f'{phase}_error']}"
+        f"- `{row['model']}` at {f'{size} pixels' if (size := row['img_size']) else 'its own size'}, batch "
+        f"{row['batch_size']}, {phase}: {row[f'{phase}_error']}"
         for row in rows
         for phase in PHASES
         if f"{phase}_error" in row
@@ -130,8 +148,8 @@ def draw_benchmark(rows: list[Row], folder: Path) -> list[Path]:
 
 def _draw_accuracy(rows: list[Row], x: str, title: str, path: Path) -> list[Path]:
     """Published accuracy over something measured, at the image size it was published for."""
-    points = [row for row in rows if row.get("published_top1") and row.get(x)]
-    points = [row for row in points if row["img_size"] == row["published_img_size"]]
+    largest = max(row["batch_size"] for row in rows)
+    points = [row for row in rows if _as_published(row) and row["batch_size"] == largest and row.get(x)]
     if not points:
         return []
     figure, (ax,) = new_figure()
@@ -150,27 +168,36 @@ def _draw_accuracy(rows: list[Row], x: str, title: str, path: Path) -> list[Path
 def _draw_growth(rows: list[Row], name: str, title: str, folder: Path) -> list[Path]:
     """Time of an image and peak memory as the image or the batch grows, for each phase."""
     files = []
-    for phase, verb in PHASES.items():
-        measured = [row for row in rows if row.get(f"{phase}_images_per_second")]
-        if not measured:
-            continue
-        figure, (time, memory) = new_figure(2)
-        other = "batch_size" if name == "img_size" else "img_size"
-        several = len({row[other] for row in measured}) > 1
-        groups = _by(measured, lambda r: f"{r['model']}, {r[other]}" if several else r["model"])  # noqa: B023  # used at once
-        measured_as = f"{phase}_batch_size" if name == "batch_size" else name  # it may have been halved
-        for label, own in groups.items():
-            own.sort(key=lambda row: row[measured_as])  # noqa: B023  # used at once
-            x = [row[measured_as] for row in own]
-            time.plot(x, [1e3 / row[f"{phase}_images_per_second"] for row in own], marker="o", label=label)
-            memory.plot(x, [row[f"{phase}_memory_gb"] or float("nan") for row in own], marker="o", label=label)
-        values = sorted({row[measured_as] for row in measured})
-        for ax, quantity in ((time, "milliseconds an image"), (memory, "peak memory in GB")):
-            ax.set(xlabel=title, ylabel=quantity, title=verb, ylim=(0, None))
-            ax.set_xticks(values)
-        time.legend()
-        files += save_figure(figure, folder / f"{phase}-{name.replace('_', '-')}")
+    for phase in PHASES:
+        if measured := [row for row in rows if row.get(f"{phase}_images_per_second")]:
+            figure = _growth_figure(measured, phase, name, title)
+            files += save_figure(figure, folder / f"{phase}-{name.replace('_', '-')}")
     return files
+
+
+def _growth_figure(rows: list[Row], phase: str, name: str, title: str) -> Any:
+    figure, axes = new_figure(2)
+    measured_as = f"{phase}_batch_size" if name == "batch_size" else name  # it may have been halved
+    for i, (label, own) in enumerate(_by(rows, lambda row: _growth_label(row, name)).items()):
+        own.sort(key=lambda row: row[measured_as])
+        x = [row[measured_as] for row in own]
+        style = dict(marker="os^D"[i // len(COLORS) % 4], label=label)  # colours repeat, and then have another marker
+        axes[0].plot(x, [1e3 / row[f"{phase}_images_per_second"] for row in own], **style)
+        axes[1].plot(x, [row[f"{phase}_memory_gb"] or float("nan") for row in own], **style)
+    for ax, quantity in zip(axes, ("milliseconds an image", "peak memory in GB"), strict=True):
+        ax.set(xlabel=title, ylabel=quantity, title=PHASES[phase])
+        if name == "batch_size":
+            ax.set_xscale("log", base=2)
+        ax.set_xticks(values := sorted({row[measured_as] for row in rows}), [str(value) for value in values])
+        ax.minorticks_off()
+        ax.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def _growth_label(row: Row, name: str) -> str:
+    other = f"{row['img_size']} px" if name == "batch_size" else f"batch {row['batch_size']}"
+    return f"{row['model']}, {other}"
 
 
 def _by(rows: Iterable[Row], key: Any) -> dict[str, list[Row]]:

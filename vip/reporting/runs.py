@@ -33,10 +33,32 @@ class EpochLog:
 
     @property
     def epochs(self) -> int:
-        """Epochs when it is complete: those of its options, or else those it has."""
-        planned = self.options.get("epochs")
-        cooldown = self.options.get("cooldown_epochs") or 0 if self.options.get("sched") != "plateau" else 0
-        return max(int(planned) + int(cooldown) if planned else 0, len(self.rows))
+        """Epochs when it is complete: those of its options, or else those it has.
+
+        Raises:
+            UserError: If its options are damaged.
+        """
+        planned = self._count("epochs")
+        if planned and self.options.get("sched") != "plateau":
+            planned += self._count("cooldown_epochs")
+        if planned and self.options.get("warmup_prefix"):
+            planned += self._count("warmup_epochs")
+        return max(planned, len(self.rows))
+
+    def _count(self, option: str) -> int:
+        value = self.options.get(option) or 0
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f"{option} in the options beside {self.path} is {value!r}, expected a number of epochs.")
+        return value
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the training set, None if neither options nor data tell."""
+        if isinstance(classes := self.options.get("num_classes"), int):
+            return classes
+        data = Path(str(self.options.get("data") or self.options.get("data_dir") or ""))
+        folder = next((data / name for name in ("train", "training") if (data / name).is_dir()), None)
+        return sum(path.is_dir() for path in folder.iterdir()) if folder and self.options.get("data") else None
 
     def column(self, name: str) -> list[float]:
         """All values of a column.
@@ -129,11 +151,13 @@ class Standing:
 def compare(run: EpochLog, published: EpochLog) -> Standing:
     """Hold a run against a published log, epoch by epoch, or at equal shares of schedules of different lengths.
 
+    A run without options beside it is taken to have the published schedule.
+
     The run is behind, or ahead, where its mean over the last epochs is off by more than half a point, and by more than
     the published run changed within two epochs.
     """
     own, theirs = run.column("eval_top1"), published.column("eval_top1")
-    scale = (len(theirs) - 1) / max(run.epochs - 1, 1)
+    scale = (len(theirs) - 1) / max(run.epochs - 1, 1) if run.options.get("epochs") else 1.0
     window = min(WINDOW, len(own))
     at = [epoch * scale for epoch in range(len(own) - window, len(own))]
     level, expected = mean(own[-window:]), mean(_at(theirs, x) for x in at)
