@@ -1,14 +1,20 @@
 """torchrun without its own traceback when a training process has already said what is wrong."""
 
 import logging
+import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from vip.training.recovery import REQUEUE
+
 if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report of what we report below
+    if hasattr(signal, "SIGUSR1"):  # torchrun would die of it, and leave its processes alone
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as e:
@@ -17,4 +23,4 @@ if __name__ == "__main__":
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except SignalException as e:
         print(f"Stopped by {e.sigval.name}.", file=sys.stderr)
-        sys.exit(128 + e.sigval)
+        sys.exit(REQUEUE if e.sigval == signal.SIGTERM else 128 + e.sigval)

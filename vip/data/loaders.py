@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from timm.data import AugMixDataset, Mixup, create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
-from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 from torchvision.datasets import VisionDataset
 
 from vip.data.augmentation import create_train_transform, erasing_splits
-from vip.data.config import AugmentationConfig, LoaderConfig
+from vip.data.config import LoaderConfig
+from vip.data.order import EpochOrder, SeededDataset, SeededLoader
 from vip.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -104,16 +103,19 @@ def create_train_loader(
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
     collate: Any = default_collate if config.no_prefetcher else mixup or fast_collate
-    sampler = _train_sampler(dataset, config, rank, world_size, seed)
-    loader = DataLoader(
-        dataset,
-        batch_size if sampler is None else _filled_batch_size(batch_size, len(sampler), quiet=rank > 0),
-        sampler=sampler,
+    options: dict[str, Any] = dict(
         drop_last=True,
         collate_fn=partial(collate_samples, collate) if collate_samples else collate,
-        generator=torch.Generator().manual_seed(seed + rank),  # seeds the augmentation in the workers
         **_worker_options(config),
     )
+    loader: DataLoader
+    if isinstance(dataset, IterableDataset):
+        generator = torch.Generator().manual_seed(seed + rank)  # seeds the augmentation in the workers
+        loader = DataLoader(dataset, batch_size, generator=generator, **options)
+    else:
+        order = EpochOrder(dataset, seed, rank, world_size, config.aug_repeats)
+        filled = _filled_batch_size(batch_size, len(order), quiet=rank > 0)
+        loader = SeededLoader(SeededDataset(dataset), filled, sampler=order, **options)
     if config.no_prefetcher:
         return loader
     return _prefetch(
@@ -125,17 +127,6 @@ def create_train_loader(
         re_count=config.recount,
         re_num_splits=erasing_splits(config),
     )
-
-
-def _train_sampler(
-    dataset: Any, config: AugmentationConfig, rank: int, world_size: int, seed: int
-) -> RepeatAugSampler | DistributedSampler | None:
-    if isinstance(dataset, IterableDataset):
-        return None
-    if config.aug_repeats:
-        return RepeatAugSampler(dataset, world_size, rank, num_repeats=config.aug_repeats)
-    # an uneven rest is dropped, as it is in one process, and not filled up with images twice
-    return DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
 
 
 def _filled_batch_size(batch_size: int, images: int, quiet: bool) -> int:

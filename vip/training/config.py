@@ -45,6 +45,7 @@ class StartConfig(Options):
     resume: str = option(
         "", "continue this checkpoint's run; auto: of --experiment", "-r", const="auto", metavar="PATH"
     )
+    resume_elastic: bool = option(False, "resume with another batch size or number of processes")
     no_resume_opt: bool = option(False, "do not restore the optimizer on --resume")
     eval_checkpoint: str = option("", "only validate this checkpoint", "--eval_checkpoint", metavar="PATH")
     transfer_learning: str = option("", "published transfer script: start from --transfer-model", const="true")
@@ -155,7 +156,8 @@ class RunConfig(Options):
     validation_batch_size: int | None = option(None, "validation batch of one process", metavar="N", low=1)
     seed: int = option(42, "seed", low=0, high=2**31)
     log_interval: int = option(50, "batches between lines in the log", metavar="N", low=1)
-    recovery_interval: int = option(0, "batches between recovery checkpoints, 0 for none", metavar="N", low=0)
+    recovery_interval: int = option(0, "batches between saves within an epoch, 0 for none", metavar="N", low=0)
+    recovery_minutes: float = option(15.0, "minutes between saves within an epoch, 0 for none", metavar="N", low=0)
     checkpoint_hist: int = option(10, "best checkpoints to keep", metavar="N", low=1)
     save_images: bool = option(False, "save the first training batch of each log interval as an image")
     output: str = option("", "folder of all runs (default: output/train)", metavar="DIR")

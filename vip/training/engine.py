@@ -11,9 +11,11 @@ from timm.task import ClassificationEvaluator, TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
+from vip.data.order import STEP, derive_seed, seed_generators
 from vip.errors import UserError
 from vip.reporting.results import Metrics
 from vip.training.config import TrainConfig
+from vip.training.recovery import RecoveryPoints
 from vip.training.runtime import Precision, Runtime, all_reduce_sum
 
 
@@ -37,6 +39,8 @@ class TrainState:
     precision: Precision
     epoch: int = 0
     updates: int = 0
+    batch: int = 0  # batches of the epoch that are done, and the sum of their losses
+    loss_sum: float = 0.0
 
     @property
     def lr(self) -> float:
@@ -47,10 +51,10 @@ class TrainState:
 class LossLog:
     """Collects losses on the device, to be read once in a while instead of at every step."""
 
-    def __init__(self, runtime: Runtime, epoch: int) -> None:
+    def __init__(self, runtime: Runtime, epoch: int, total: float = 0.0, batches: int = 0) -> None:
         self.runtime, self.epoch = runtime, epoch
         self.pending: list[tuple[torch.Tensor, float]] = []
-        self.total, self.batches = 0.0, 0
+        self.total, self.batches = total, batches
 
     def add(self, loss: torch.Tensor, lr: float) -> None:
         """Remember the loss of a batch and the learning rate it was computed at."""
@@ -72,7 +76,8 @@ class LossLog:
                     f"{lr:.3g}{scale}). Nothing was saved since; earlier checkpoints are intact. Start again, or "
                     "--resume the last of them, with a lower --lr, with --clip-grad 1, or with --amp-dtype bfloat16."
                 )
-        self.total += sum(values)
+        for value in values:  # one by one: the sum must not depend on when it was read
+            self.total += value
         self.batches += len(values)
         self.pending.clear()
         return values[-1]
@@ -129,9 +134,10 @@ def train_one_epoch(
     progress: Progress,
     mixup: Callable | None = None,
     on_batch: Callable[[int, torch.Tensor], None] | None = None,
-    save_recovery: Callable[[int], None] | None = None,
+    recovery: RecoveryPoints | None = None,
+    save: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Train for one pass over the loader.
+    """Train for one pass over the loader, which begins with the batch that `state` has reached.
 
     Args:
         state: What training changes.
@@ -141,18 +147,22 @@ def train_one_epoch(
         progress: Receives loss and learning rate every `log_interval` batches.
         mixup: Mixes a batch on the device, where the loader does not mix itself.
         on_batch: Called with each batch's number and images.
-        save_recovery: Called with the batch's number every `recovery_interval` batches, if all losses were finite.
+        recovery: Says after which updates to save.
+        save: Saves the state, which all processes call, if all losses were finite.
 
     Returns:
         `loss`, the average over the epoch and all processes.
 
     Raises:
         UserError: If the loss is not finite.
+        Preempted: If a process was told to leave; the state is saved.
     """
     state.task.train()
-    losses = LossLog(runtime, state.epoch)
-    batches, accum = len(loader), config.grad_accum_steps
-    for i, (images, target) in enumerate(loader):
+    losses = LossLog(runtime, state.epoch, state.loss_sum, state.batch)
+    batches, accum = state.batch + len(loader), config.grad_accum_steps
+    for i, (images, target) in enumerate(loader, state.batch):
+        # what a step draws is a function of its place, so that no generator has a state to keep
+        seed_generators(derive_seed(config.seed, state.epoch, STEP, i, runtime.rank))
         images, target = images.to(runtime.device, non_blocking=True), target.to(runtime.device, non_blocking=True)
         if mixup is not None:
             images, target = mixup(images, target)
@@ -165,15 +175,18 @@ def train_one_epoch(
         lr = state.lr
         loss = train_step(state, config, images, target, share, update=i == last_of_update)
         losses.add(loss, lr)
-        recover = config.recovery_interval > 0 and (i + 1) % config.recovery_interval == 0
+        recover = recovery is not None and i == last_of_update and recovery.due(i + 1)
         values = {"lr": lr}
         if recover or (i + 1) % config.log_interval == 0 or i + 1 == batches:
             values.update(loss=losses.read(state.precision.loss_scale), average=losses.average)
         elif progress.wants_values(i):
             values["loss"] = loss.item()  # of this process alone: the others do not look at a terminal
         progress.update(len(images) * runtime.world_size, **values)
-        if recover and save_recovery is not None:
-            save_recovery(i)
+        if recover and recovery is not None and save is not None:
+            state.batch, state.loss_sum = i + 1, losses.total
+            save()
+            recovery.leave_if_told()
+    state.batch, state.loss_sum = 0, 0.0
     return {"loss": losses.average}
 
 

@@ -1,5 +1,6 @@
 """The folder a run leaves behind: checkpoints in timm's layout, its configuration, and whether there is room for it."""
 
+import logging
 import os
 import shutil
 from datetime import datetime
@@ -10,12 +11,17 @@ import torch
 import yaml
 from timm.models import safe_model_name
 from timm.utils import CheckpointSaver
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from vip.errors import UserError
 from vip.files import replacing
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState
-from vip.training.weights import find_checkpoint
+from vip.training.weights import find_checkpoint, read_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+RECOVERY = "recovery.pth.tar"  # the state within an epoch
 
 
 def run_folder(config: TrainConfig, arch: str, image_size: tuple[int, ...]) -> Path:
@@ -30,18 +36,33 @@ def run_folder(config: TrainConfig, arch: str, image_size: tuple[int, ...]) -> P
 
 
 def resume_path(config: TrainConfig) -> str:
-    """The checkpoint to resume; `auto` means the last one of `--experiment`, or none if the run has not begun.
+    """The checkpoint to resume: of a folder the newest state; `auto`: of `--experiment`, if that run has begun.
 
     Raises:
         UserError: If `auto` is given without `--experiment`, or there is no such checkpoint.
     """
     if config.resume != "auto":
-        last = Path(config.resume) / "last.pth.tar"  # of a folder, the state to continue is the last and not the best
-        return str(find_checkpoint(last if last.is_file() else config.resume)) if config.resume else ""
+        if not os.path.isdir(config.resume):
+            return str(find_checkpoint(config.resume)) if config.resume else ""
+        return _newest_state(Path(config.resume)) or str(find_checkpoint(config.resume))
     if not config.experiment:
         raise UserError("--resume auto looks in the folder of the run: name it with --experiment.")
-    last = Path(config.output or "output/train") / config.experiment / "last.pth.tar"
-    return str(last) if last.exists() else ""
+    return _newest_state(Path(config.output or "output/train") / config.experiment)
+
+
+def _newest_state(folder: Path) -> str:
+    """The newest checkpoint of a run that is whole, empty if the run has none yet."""
+    names = [folder / RECOVERY, folder / "last.pth.tar", *folder.glob("checkpoint-*.pth.tar")]
+    states = sorted((path for path in names if path.exists()), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in states:
+        try:
+            read_checkpoint(str(path))
+            return str(path)
+        except UserError as e:
+            _logger.warning(f"{e} The state before it is taken.")
+    if states:
+        raise UserError(f"No checkpoint in {folder} can be read; begin the run again in another --experiment.")
+    return ""
 
 
 def refuse_existing_run(folder: Path) -> None:
@@ -50,7 +71,7 @@ def refuse_existing_run(folder: Path) -> None:
     Raises:
         UserError: If the folder holds a run.
     """
-    if (folder / "last.pth.tar").exists():
+    if (folder / "last.pth.tar").exists() or (folder / RECOVERY).exists():
         raise UserError(
             f"{folder} holds a run already: continue it with --resume auto, or choose another --experiment."
         )
@@ -87,6 +108,25 @@ def checkpoint_bytes(state: TrainState, copies: int) -> int:
     return model * (3 + state.task.has_ema()) * copies
 
 
+_PLATEAU_STATE = ("best", "last_epoch", "num_bad_epochs", "cooldown_counter")
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """The state of a timm scheduler, with all of the plateau schedule's, of which timm keeps a part."""
+    inner = getattr(scheduler, "lr_scheduler", None)
+    if inner is None:
+        return scheduler.state_dict()
+    return {**{name: getattr(inner, name) for name in _PLATEAU_STATE}, "restore_lr": scheduler.restore_lr}
+
+
+def load_scheduler_state(scheduler: Any, content: dict[str, Any]) -> None:
+    """Restore the plateau schedule, the only one with a memory; the others follow from epoch and update."""
+    if (inner := getattr(scheduler, "lr_scheduler", None)) is not None:
+        for name in _PLATEAU_STATE:
+            setattr(inner, name, content.get(name, getattr(inner, name)))
+        scheduler.restore_lr = content.get("restore_lr")
+
+
 class RunSaver(CheckpointSaver):
     """timm's checkpoint bookkeeping around files that are whole or not there.
 
@@ -95,9 +135,12 @@ class RunSaver(CheckpointSaver):
         folder: Folder of the run.
         config: Name of the model, eval metric and number of checkpoints to keep.
         about: Entries of a checkpoint that do not change: `arch`, `args` and what else describes the run.
+        batches: `processes`, `batch_size` and `grad_accum_steps`.
     """
 
-    def __init__(self, state: TrainState, folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
+    def __init__(
+        self, state: TrainState, folder: Path, config: TrainConfig, about: dict[str, Any], batches: dict[str, int]
+    ) -> None:
         super().__init__(
             state.task,
             state.optimizer,
@@ -106,7 +149,32 @@ class RunSaver(CheckpointSaver):
             decreasing=config.eval_metric == "loss",
             max_history=config.checkpoint_hist,
         )
-        self.state, self.about = state, about
+        self.state, self.about, self.batches = state, about, batches
+        self.recovery_path = folder / RECOVERY
+
+    def save_within_epoch(self) -> None:
+        """Save the state after a batch, in the place of the last one saved so."""
+        self._save(str(self.recovery_path), self.state.epoch - 1)
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """Save the state after an epoch as timm does; what was saved within it is not needed any more."""
+        best = super().save_checkpoint(epoch, metric)
+        self.recovery_path.unlink(missing_ok=True)
+        return best
+
+    def continue_from(self, path: str) -> None:
+        """Take up the bookkeeping of a run, and finish it where the run was stopped in the middle of it."""
+        self.load_state_dict_from_checkpoint(path)
+        if Path(path).name == RECOVERY:
+            return
+        epoch, metric = load_checkpoint_metadata(path).get("saver", {}).get("pending", (None, None))
+        if epoch is None:
+            return
+        if self._checkpoint_path(epoch) not in [file for file, _ in self.checkpoint_files]:
+            super().save_checkpoint(epoch, metric)
+        elif self.best_epoch == epoch:
+            self._duplicate(self._checkpoint_path(epoch), str(Path(self.checkpoint_dir) / "model_best.pth.tar"))
+        self.recovery_path.unlink(missing_ok=True)
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state = self.state
@@ -118,10 +186,16 @@ class RunSaver(CheckpointSaver):
             **(state.task.get_checkpoint_state(ema=True) if state.task.has_ema() else {}),
             "optimizer": state.optimizer.state_dict(),
             "num_updates": state.updates,
+            "position": {
+                **self.batches,
+                "batch": state.batch,
+                "samples": state.batch * self.batches["batch_size"] * self.batches["processes"],
+                "loss_sum": state.loss_sum,
+            },
             "saver": self.state_dict(epoch, metric),
         }
         if state.scheduler is not None:
-            content["lr_scheduler"] = state.scheduler.state_dict()
+            content["lr_scheduler"] = scheduler_state(state.scheduler)
         if state.precision.scaler is not None:
             content[state.precision.scaler.state_dict_key] = state.precision.scaler.state_dict()
         if metric is not None:

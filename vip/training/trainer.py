@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from torchvision.utils import save_image
 from vip.data.augmentation import create_mixup
 from vip.data.datasets import check_same_classes, class_to_idx, create_split, unreadable_files
 from vip.data.loaders import create_eval_loader, create_train_loader
+from vip.data.order import EpochOrder
 from vip.errors import UserError
 from vip.reporting.logs import log_to_file, setup_logging
 from vip.reporting.progress import ProgressBar
@@ -39,8 +41,17 @@ from vip.training.factory import (
     create_training_model,
     resolve_data_config,
 )
+from vip.training.recovery import REQUEUE, Preempted, RecoveryPoints
 from vip.training.runtime import Runtime, allow_fast_kernels, leave_together, setup_precision, setup_runtime
-from vip.training.saver import RunSaver, checkpoint_bytes, prepare_folder, refuse_existing_run, resume_path, run_folder
+from vip.training.saver import (
+    RunSaver,
+    checkpoint_bytes,
+    load_scheduler_state,
+    prepare_folder,
+    refuse_existing_run,
+    resume_path,
+    run_folder,
+)
 from vip.training.task import TokenLabelTask
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
 
@@ -57,6 +68,11 @@ def train(config: TrainConfig) -> None:
     setup_logging(runtime.is_primary)
     try:
         _run(config, runtime)
+    except Preempted as e:
+        if runtime.is_primary:
+            _logger.warning(str(e))
+        leave_together(runtime)
+        sys.exit(REQUEUE)
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"The device is out of memory at --batch-size {config.batch_size}: use a smaller one (with "
@@ -217,10 +233,11 @@ class Trainer:
         scheduler, self.epochs = _create_scheduler(config, optimizer, updates)
         self.state = TrainState(task, optimizer, scheduler, precision)
         self.resumed = resume_path(config)
+        self.first_sample = 0
         if self.resumed:
-            resume(self.state, self.resumed, config)
+            self.first_sample = resume(self.state, self.resumed, config, runtime.world_size)
         if config.start_epoch is not None:
-            self.state.epoch = config.start_epoch
+            self.state.epoch, self.state.batch, self.first_sample = config.start_epoch, 0, 0
         if self.state.epoch >= self.epochs:
             raise UserError(f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs.")
         self.state.updates = self.state.updates or self.state.epoch * updates
@@ -230,6 +247,7 @@ class Trainer:
             elif config.sched != "plateau":
                 scheduler.step(self.state.epoch)
 
+        self.recovery = RecoveryPoints(config.recovery_interval, config.recovery_minutes, runtime)
         self.eval_model = model
         if config.torchcompile:
             self.eval_model = task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
@@ -240,7 +258,7 @@ class Trainer:
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
         state, config = self.state, self.config
-        with self._outputs() as outputs:
+        with self._outputs() as outputs, self.recovery:
             best: tuple[float | None, int | None] = (None, None)
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
@@ -257,6 +275,8 @@ class Trainer:
                 if outputs is not None:
                     outputs.summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
                     best = outputs.saver.save_checkpoint(epoch, metric)
+                if epoch + 1 < self.epochs:
+                    self.recovery.finish_epoch()
             if outputs is not None:
                 if best[0] is not None:
                     _logger.info(f"Best {config.eval_metric} {best[0]:.3f} in epoch {best[1]}")
@@ -272,19 +292,22 @@ class Trainer:
         folder = run_folder(config, self.arch, self.data_config["input_size"][1:])
         args = dataclasses.asdict(config)
         recipe = {**args, "resume": "", "experiment": ""}  # for another run like this one
-        kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 1
+        kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 2  # and what is saved within an epoch
         continued = bool(self.resumed) and Path(self.resumed).parent == folder
         if not continued:
             refuse_existing_run(folder)
         prepare_folder(folder, recipe, checkpoint_bytes(state, kept))
         about = {"arch": self.arch, "data_config": self.data_config, "class_to_idx": self.class_to_idx}
-        saver = RunSaver(state, folder, config, {**about, "args": args})
+        batches = batches_of(config, self.runtime.world_size)
+        saver = RunSaver(state, folder, config, {**about, "args": args}, batches)
         if continued:
-            saver.load_state_dict_from_checkpoint(self.resumed)
+            saver.continue_from(self.resumed)
         summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
-        with log_to_file(folder / "train.log"):
-            yield Outputs(folder, saver, summary)
-        summary.close()
+        try:
+            with log_to_file(folder / "train.log"):
+                yield Outputs(folder, saver, summary)
+        finally:
+            summary.close()
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
         batches = len(loader) if hasattr(loader, "__len__") else None
@@ -293,9 +316,13 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, outputs: "Outputs | None") -> tuple[dict[str, float], float]:
         config = self.config
-        for ordered in (self.train_loader.sampler, self.train_data):
-            if hasattr(ordered, "set_epoch"):
-                ordered.set_epoch(epoch)
+        order = self.train_loader.sampler
+        if isinstance(order, EpochOrder):
+            order.set_epoch(epoch, self.first_sample)
+            self.first_sample = 0
+        if hasattr(self.train_data, "set_epoch"):
+            self.train_data.set_epoch(epoch)
+        self.recovery.begin_epoch(self.state.batch)
         if config.mixup_off_epoch and epoch >= config.mixup_off_epoch and self.mixup is not None:
             self.mixup.mixup_enabled = False
 
@@ -305,13 +332,21 @@ class Trainer:
             if config.save_images and i % config.log_interval == 0:
                 save_image(images, outputs.folder / f"train-batch-{epoch}-{i}.jpg", padding=0, normalize=True)
 
-        def save_recovery(i: int) -> None:
+        def save() -> None:
             if outputs is not None:
-                outputs.saver.save_recovery(epoch, i)
+                outputs.saver.save_within_epoch()
 
         with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
             metrics = train_one_epoch(
-                self.state, self.train_loader, config, self.runtime, progress, self.mix_batch, on_batch, save_recovery
+                self.state,
+                self.train_loader,
+                config,
+                self.runtime,
+                progress,
+                self.mix_batch,
+                on_batch,
+                self.recovery,
+                save,
             )
         _logger.info(
             f"Epoch {epoch}: loss {metrics['loss']:.4f}, learning rate {self.state.lr:.2e}, "
@@ -415,11 +450,14 @@ def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, upd
         raise UserError(f"--sched {config.sched}: {e}") from e
 
 
-def resume(state: TrainState, path: str, config: TrainConfig) -> None:
+def resume(state: TrainState, path: str, config: TrainConfig, world_size: int) -> int:
     """Continue from a checkpoint: weights, their average, optimizer, loss scale, schedule and counters.
 
+    Returns:
+        The samples of the epoch that all processes together have had.
+
     Raises:
-        UserError: If it is no training state, or one of another model.
+        UserError: If it is no training state, or one of another model, or of other batches than `config` asks for.
     """
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint or "epoch" not in checkpoint:
@@ -440,11 +478,46 @@ def resume(state: TrainState, path: str, config: TrainConfig) -> None:
         scaler = state.precision.scaler
         if scaler is not None and scaler.state_dict_key in checkpoint:
             scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-        if config.sched == "plateau" and "lr_scheduler" in checkpoint:  # the only schedule with a memory
-            state.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        if state.scheduler is not None and "lr_scheduler" in checkpoint:
+            load_scheduler_state(state.scheduler, checkpoint["lr_scheduler"])
     state.epoch = checkpoint["epoch"] + (checkpoint.get("version", 1) > 1)
     state.updates = checkpoint.get("num_updates", 0)
-    _logger.info(f"Resuming {path} at epoch {state.epoch}")
+    position = checkpoint.get("position") or {}
+    samples = _continue_epoch(state, position, path, config, world_size) if position else 0
+    _logger.info(f"Resuming {path} at epoch {state.epoch}" + (f", sample {samples}" if samples else ""))
+    return samples
+
+
+def batches_of(config: TrainConfig, world_size: int) -> dict[str, int]:
+    """What decides which images are in an update."""
+    return {
+        "processes": world_size,
+        "batch_size": config.batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
+    }
+
+
+def _continue_epoch(
+    state: TrainState, position: dict[str, Any], path: str, config: TrainConfig, world_size: int
+) -> int:
+    now = batches_of(config, world_size)
+    changed = [f"{name} {position[name]} then, {n} now" for name, n in now.items() if position[name] != n]
+    if changed and not config.resume_elastic:
+        raise UserError(
+            f"{path} was trained with other batches ({'; '.join(changed)}): continue with the same ones, or add "
+            "--resume-elastic."
+        )
+    if changed:
+        _logger.warning(
+            f"Resuming with other batches ({'; '.join(changed)}): the learning rate stays {state.lr:.3g} and is not "
+            "rescaled."
+        )
+    state.batch, state.loss_sum = position["batch"], position["loss_sum"]
+    if changed:  # the average loss of the epoch is of the batches as they are counted now
+        batch = position["samples"] // (config.batch_size * world_size)
+        state.loss_sum *= batch / max(state.batch, 1)
+        state.batch = batch
+    return position["samples"]
 
 
 def _load_task(task: TrainingTask, checkpoint: dict[str, Any], path: str, ema: bool = False) -> None:

@@ -1,0 +1,111 @@
+"""When a run saves within an epoch, and how it leaves when it is told to."""
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vip.training.runtime import Runtime
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+SIGNALS = ("SIGTERM", "SIGUSR1")  # what Slurm sends before it takes a node away; Windows has no SIGUSR1
+
+
+class Preempted(Exception):
+    """The run was told to leave, and has saved its state; the message is for the user."""
+
+
+class RecoveryPoints:
+    """Decides after which updates a run saves its state, the same way in all processes.
+
+    As a context manager it catches the signals that tell a run to leave.
+
+    Args:
+        interval: Batches between saves, 0 for none.
+        minutes: Minutes between saves, 0 for none.
+        runtime: This process among the others.
+
+    Attributes:
+        leaving: Name of the signal that told one of the processes to leave, once all of them know.
+    """
+
+    def __init__(self, interval: int, minutes: float, runtime: Runtime) -> None:
+        self.interval, self.minutes, self.runtime = interval, minutes, runtime
+        self.leaving = ""
+        self.caught = 0  # index in SIGNALS, from 1
+        self.saved_at, self.saved_batch = time.monotonic(), 0
+        self.vote: tuple[torch.Tensor, Any] | None = None
+        # votes are of numbers on the host, and must not wait for a GPU
+        self.group: Any = dist.new_group(backend="gloo") if runtime.distributed else None
+
+    def __enter__(self) -> "RecoveryPoints":
+        self.handlers = {
+            number: signal.signal(number, self._catch)
+            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name))
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = SIGNALS.index(signal.Signals(number).name) + 1
+
+    def begin_epoch(self, batch: int) -> None:
+        """Count batches from here."""
+        self.saved_batch = batch
+
+    def due(self, batch: int) -> bool:
+        """Whether to save now that `batch` batches of the epoch are done; all processes have to ask at the same ones.
+
+        Processes agree by a vote that each opens at one update and reads at the next, so that none waits for it.
+        """
+        late = bool(self.minutes) and time.monotonic() - self.saved_at > 60 * self.minutes
+        late, caught = self._agree(late, self.caught)
+        if caught:
+            self.leaving = SIGNALS[caught - 1]
+        counted = self.interval > 0 and batch // self.interval > self.saved_batch // self.interval
+        if not (late or counted or caught):
+            return False
+        self.saved_at, self.saved_batch = time.monotonic(), batch
+        return True
+
+    def _agree(self, late: bool, caught: int) -> tuple[bool, int]:
+        if self.group is None:
+            return late, caught
+        agreed = (False, 0)
+        if self.vote is not None:
+            ballot, work = self.vote
+            work.wait()
+            agreed = bool(ballot[0]), int(ballot[1])
+        ballot = torch.tensor([int(late), caught])
+        self.vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+    def leave_if_told(self) -> None:
+        """Leave where the processes have agreed to.
+
+        Raises:
+            Preempted: If one of them was told to.
+        """
+        if self.leaving:
+            raise Preempted(f"Stopped by {self.leaving}; the state is saved, continue it with --resume auto.")
+
+    def finish_epoch(self) -> None:
+        """Leave if a process was told to since its last update, as during a validation.
+
+        Raises:
+            Preempted: If one was.
+        """
+        caught = self.caught
+        if self.group is not None:
+            ballot = torch.tensor([caught])
+            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group)
+            caught = int(ballot)
+        if caught:
+            self.leaving = SIGNALS[caught - 1]
+        self.leave_if_told()
