@@ -23,7 +23,7 @@ SAMPLE, COLLATION, DEVICE, STEP = range(4)  # what a seed is for
 
 def derive_seed(*numbers: int) -> int:
     """A seed of 63 bits, a function of numbers that is the same everywhere and scatters close ones."""
-    digest = hashlib.blake2b(struct.pack(f"{len(numbers)}q", *numbers), digest_size=8).digest()
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
