@@ -1,7 +1,10 @@
 """Where a process runs: its device, its place among the other processes, and its numeric precision."""
 
+import ctypes
 import math
 import os
+import signal
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from timm.utils.distributed import init_distributed_device_so
 
 from vip.errors import UserError
 from vip.training.config import PrecisionConfig
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,19 @@ def setup_runtime(device: str | None = None, dist_backend: str | None = None, wo
             raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
     if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         _leave_cores_to_workers(workers)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_launcher()
     info = init_distributed_device_so(device, dist_backend)
     return Runtime(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
+
+
+def _die_with_launcher() -> None:
+    """Let Linux kill this process when torchrun is killed.
+
+    It is in a session of its own, and would go on writing to the folder of a run that may be running again.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def allow_fast_kernels(device: torch.device) -> None:

@@ -120,11 +120,13 @@ def scheduler_state(scheduler: Any) -> dict[str, Any]:
 
 
 def load_scheduler_state(scheduler: Any, content: dict[str, Any]) -> None:
-    """Restore the plateau schedule, the only one with a memory; the others follow from epoch and update."""
+    """Restore what a schedule remembers: the plateau's counters; the others follow from epoch and update."""
     if (inner := getattr(scheduler, "lr_scheduler", None)) is not None:
         for name in _PLATEAU_STATE:
             setattr(inner, name, content.get(name, getattr(inner, name)))
         scheduler.restore_lr = content.get("restore_lr")
+    else:
+        scheduler.metric = content.get("metric")  # nothing but its next checkpoint needs it
 
 
 class RunSaver(CheckpointSaver):

@@ -245,7 +245,7 @@ class Trainer:
             if config.sched_on_updates:
                 scheduler.step_update(self.state.updates)
             elif config.sched != "plateau":
-                scheduler.step(self.state.epoch)
+                scheduler.step(self.state.epoch, scheduler.metric)
 
         self.recovery = RecoveryPoints(config.recovery_interval, config.recovery_minutes, runtime)
         self.eval_model = model

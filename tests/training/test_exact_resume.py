@@ -1,0 +1,282 @@
+"""A run that is stopped, however, ends with the bits it would have ended with."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import quick
+from label_maps import write_maps
+
+import vip.training.engine as engine
+from vip.errors import UserError
+from vip.training.recovery import REQUEUE
+from vip.training.saver import RunSaver
+from vip.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+RANDOM: dict[str, Any] = dict(
+    no_aug=False, aa="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1, drop=0.1, drop_path=0.2,
+    model_ema=True, model_ema_decay=0.9, batch_size=4, epochs=3, resume="auto", recovery_interval=1,
+)  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "plateau": dict(sched="plateau", patience_epochs=0, grad_accum_steps=2),
+    "noise": dict(lr_noise=[0.2, 0.9], sched_on_updates=True, opt="lamb", recovery_interval=2),
+    "repeats": dict(aug_repeats=3.0, amp=True, amp_dtype="bfloat16", clip_grad=1.0),
+    "float16": dict(amp=True, workers=1, checkpoint_hist=1),
+    "token labels": dict(token_label=True, token_label_region="image"),
+}
+
+
+class Killed(BaseException):
+    """As sudden as SIGKILL: nothing catches it."""
+
+
+@contextmanager
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> Iterator[None]:
+    """Kill this process, or send it a signal, after so many training steps."""
+    real, done = engine.train_step, 0
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == step and not number:
+            raise Killed
+        if done == step:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", train_step)
+        yield
+
+
+def same(a: Any, b: Any, place: str = "") -> None:
+    """Equal to the bit, or an error that says where not."""
+    assert type(a) is type(b), place
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for name in a:
+            same(a[name], b[name], f"{place}.{name}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            same(one, other, f"{place}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), f"{place}: {a} and {b}"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+    assert (one / "summary.csv").read_bytes() == (other / "summary.csv").read_bytes()
+    for path in one.glob("*.pth.tar"):
+        contents = [torch.load(folder / path.name, weights_only=True) for folder in (one, other)]
+        for content in contents:
+            content["args"].update(output="", experiment="")
+        same(*contents, place=path.name)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """A way to train, and a run of it that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = {**RANDOM, **WAYS[request.param]}
+    if "token_label" in options:
+        options["token_label_data"] = str(write_maps(colours / "train", folder / "maps"))
+    train(quick(colours, folder, **options))
+    return options, folder / "run"
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_killed_several_times(way: tuple[dict, Path], seed: int, colours: Path, tmp_path: Path, monkeypatch) -> None:
+    options, whole = way
+    rng = random.Random(seed)
+    config = quick(colours, tmp_path, **options)
+    kills = 0
+    while kills < 4:
+        with stopped_at(rng.randint(1, 12), monkeypatch):
+            try:
+                train(config)
+                break
+            except Killed:
+                kills += 1
+    else:
+        train(config)
+    assert kills
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_told_to_leave(name: str, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    options = {**RANDOM, **WAYS["plateau"], "recovery_interval": 0, "recovery_minutes": 0.0}
+    train(quick(colours, tmp_path, **options, experiment="whole"))
+    config = quick(colours, tmp_path, **options)
+    handler = signal.getsignal(getattr(signal, name))
+    with stopped_at(15, monkeypatch, getattr(signal, name)), pytest.raises(SystemExit) as left:
+        train(config)
+    assert left.value.code == REQUEUE and f"Stopped by {name}" in caplog.text
+    assert signal.getsignal(getattr(signal, name)) == handler
+    assert (tmp_path / "run/recovery.pth.tar").exists()
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_told_to_leave_while_validating(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(quick(colours, tmp_path, **RANDOM, experiment="whole"))
+    config = quick(colours, tmp_path, **RANDOM)
+    real = engine.evaluate
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("vip.training.trainer.evaluate", evaluate)
+        train(config)
+    assert len((tmp_path / "run/summary.csv").read_text().splitlines()) == 2, "the epoch is finished"
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@contextmanager
+def killed_in(method: str, call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kill this process at a call of one of the saver's methods."""
+    real, left = getattr(RunSaver, method), call
+
+    def kill(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunSaver, method, kill)
+        yield
+
+
+@pytest.mark.parametrize("moment", ["_duplicate", "_track_checkpoint", "_replace"])
+def test_killed_while_saving(moment: str, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**RANDOM, "checkpoint_hist": 2}
+    train(quick(colours, tmp_path, **options, experiment="whole"))
+    config = quick(colours, tmp_path, **options)
+    for call in (1, 2, 3):
+        with killed_in(moment, call, monkeypatch):
+            try:
+                train(config)
+            except Killed:
+                pass
+            except UserError as e:
+                assert "Nothing is left" in str(e)
+    try:
+        train(config)
+    except UserError as e:
+        assert "Nothing is left" in str(e)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_damaged_state_falls_back_to_the_one_before(colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    train(quick(colours, tmp_path, **RANDOM, experiment="whole"))
+    config = quick(colours, tmp_path, **RANDOM)
+    with stopped_at(15, monkeypatch), pytest.raises(Killed):
+        train(config)
+    recovery = tmp_path / "run/recovery.pth.tar"
+    recovery.write_bytes(recovery.read_bytes()[:-5000])
+    train(config)
+    assert f"{recovery}" in caplog.text and "The state before it is taken." in caplog.text
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_nothing_whole_is_left(colours: Path, tmp_path: Path) -> None:
+    config = quick(colours, tmp_path, **{**RANDOM, "epochs": 1})
+    train(config)
+    for path in (tmp_path / "run").glob("*.pth.tar"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="No checkpoint in .* can be read"):
+        train(config)
+
+
+def test_other_batches_need_to_be_asked_for(colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """40 images in batches of 4: killed after 16 images, the run goes on in batches of 8, 3 to the epoch's end."""
+    with stopped_at(5, monkeypatch), pytest.raises(Killed):
+        train(quick(colours, tmp_path, **RANDOM))
+    other: dict[str, Any] = {**RANDOM, "batch_size": 8}
+    with pytest.raises(UserError, match=r"batch_size 4 then, 8 now.*--resume-elastic"):
+        train(quick(colours, tmp_path, **other))
+    caplog.set_level("INFO")
+    caplog.clear()
+    train(quick(colours, tmp_path, **other, resume_elastic=True, log_interval=1))
+    assert "batch_size 4 then, 8 now" in caplog.text and "not rescaled" in caplog.text
+    assert "at epoch 0, sample 16" in caplog.text
+    steps = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Epoch 0/2 [")]
+    assert [step.partition("]")[0] for step in steps] == ["Epoch 0/2 [1/3", "Epoch 0/2 [2/3", "Epoch 0/2 [3/3"]
+
+
+def flags_of(output: Path, name: str, *flags: str) -> list[str]:
+    return [
+        *("--model", "vip_nano4_32", "--device", "cpu", "-j", "1", "--epochs", "3", "--warmup-epochs", "1"),
+        *(
+            "--cooldown-epochs",
+            "0",
+            "--sched",
+            "plateau",
+            "--patience-epochs",
+            "0",
+            "--lr",
+            "1e-3",
+            "--drop-path",
+            "0.2",
+        ),
+        *(
+            "--model-ema",
+            "--grad-accum-steps",
+            "2",
+            "--recovery-interval",
+            "1",
+            "--resume",
+            "auto",
+            "--log-interval",
+            "1",
+        ),
+        *("--output", str(output), "--experiment", name, *flags),
+    ]
+
+
+def run_until(line: int, argv: list[str], number: int = signal.SIGKILL) -> int:
+    """Start a process group and send it a signal when its log has so many lines of steps; returns its exit status."""
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True)
+    assert process.stderr is not None
+    for text in process.stderr:
+        line -= text.startswith("Epoch ") and "] lr" in text
+        if line == 0:
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            line -= 1
+    return process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigkill(processes: int, colours: Path, tmp_path: Path) -> None:
+    """Whole process groups are killed at random steps, alone and under torchrun."""
+    start = [sys.executable, "train.py"] if processes == 1 else ["./distributed_train.sh", str(processes)]
+    flags = ["-b", str(8 // processes)]
+    assert run_until(-1, [*start, str(colours), *flags_of(tmp_path, "whole", *flags)]) == 0
+    rng = random.Random(processes)
+    argv = [*start, str(colours), *flags_of(tmp_path, "run", *flags)]
+    statuses = [run_until(rng.randint(1, 6), argv, number) for number in (signal.SIGKILL, signal.SIGTERM)]
+    assert statuses == [-signal.SIGKILL, REQUEUE]
+    assert run_until(-1, argv) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
