@@ -236,6 +236,9 @@ class Trainer:
         self.first_sample = 0
         if self.resumed:
             self.first_sample = resume(self.state, self.resumed, config, runtime.world_size)
+        if self.state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
+            _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
+            self.state.batch, self.state.loss_sum = 0, 0.0
         if config.start_epoch is not None:
             self.state.epoch, self.state.batch, self.first_sample = config.start_epoch, 0, 0
         if self.state.epoch >= self.epochs:
