@@ -294,7 +294,7 @@ def test_recovery_checkpoints_never_hold_weights_of_a_loss_that_is_not_finite(co
 def test_epoch_whose_validation_is_not_finite_is_not_saved(colours: Path, tmp_path: Path):
     train(quick(colours, tmp_path, epochs=1))
     with pytest.raises(UserError, match="validation loss became nan after epoch 1"):  # the last update breaks it
-        train(quick(colours, tmp_path, epochs=2, resume="auto", lr=math.inf, batch_size=40))
+        train(quick(colours, tmp_path, epochs=2, resume="auto", resume_elastic=True, lr=math.inf, batch_size=40))
     assert read_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] == 0
 
 
