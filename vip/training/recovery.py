@@ -1,6 +1,7 @@
 """When a run saves within an epoch, and how it leaves when it is told to."""
 
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -42,10 +43,10 @@ class RecoveryPoints:
         self.group: Any = dist.new_group(backend="gloo") if runtime.distributed else None
 
     def __enter__(self) -> "RecoveryPoints":
-        self.handlers = {
-            number: signal.signal(number, self._catch)
-            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name))
-        }
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # Python lets no other thread catch signals
+        self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -240,7 +240,8 @@ class Trainer:
             _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
             self.state.batch, self.state.loss_sum = 0, 0.0
         if config.start_epoch is not None:
-            self.state.epoch, self.state.batch, self.first_sample = config.start_epoch, 0, 0
+            self.state.epoch, self.state.batch, self.state.loss_sum = config.start_epoch, 0, 0.0
+            self.first_sample = 0
         if self.state.epoch >= self.epochs:
             raise UserError(f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs.")
         self.state.updates = self.state.updates or self.state.epoch * updates
