@@ -251,7 +251,7 @@ def flags_of(output: Path, name: str, *flags: str) -> list[str]:
     ]
 
 
-def run_until(line: int, argv: list[str], number: int = signal.SIGKILL) -> int:
+def run_until(line: int, argv: list[str], number: int = signal.SIGKILL, group: bool = False) -> int:
     """Start a process group and send it a signal when its log has so many lines of steps; returns its exit status."""
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True)
@@ -259,12 +259,19 @@ def run_until(line: int, argv: list[str], number: int = signal.SIGKILL) -> int:
     for text in process.stderr:
         line -= text.startswith("Epoch ") and "] lr" in text
         if line == 0:
-            if number == signal.SIGKILL:
+            if group or number == signal.SIGKILL:
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(number)
             line -= 1
     return process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_loader_processes_outlive_a_signal_to_the_whole_group(number: int, colours: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "train.py", str(colours), *flags_of(tmp_path, "run", "-b", "8")]
+    assert run_until(2, argv, number, group=True) == REQUEUE
+    assert (tmp_path / "run/recovery.pth.tar").exists()
 
 
 @pytest.mark.slow

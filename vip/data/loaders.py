@@ -5,8 +5,11 @@ processes (so two processes at batch 16 see what one sees at 32), and evaluation
 """
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -152,7 +155,26 @@ def _worker_options(config: LoaderConfig) -> dict[str, Any]:
         num_workers=config.workers,
         pin_memory=config.pin_mem,
         persistent_workers=config.workers > 0,
+        worker_init_fn=_outlive_the_first_signal,
     )
+
+
+def _outlive_the_first_signal(worker: int) -> None:
+    """Let a loader process go on when its whole group is told to leave, as by Slurm.
+
+    The training process then saves and ends it, by a second SIGTERM if need be.
+    """
+    told = 0
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told += 1
+        if told > 1:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def create_eval_loader(
