@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from timm.scheduler import create_scheduler_v2
 from training_command import Outcome
 
 from vip.errors import UserError
@@ -110,6 +112,76 @@ def test_several_runs(make_run: MakeRun, command: Callable[..., Outcome]) -> Non
     out = command("report", second, "--against", ZOO / "vip_s7").out
     assert "The run trains vip_m7, the published one vip_s7." in out and "Unlike" not in out
     assert "The run is 3 epochs and not 310: compared at equal shares of the schedule." in out
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize(
+    "sched, cooldown",
+    [
+        *(("cosine", 0), ("cosine", 10), ("tanh", 10), ("poly", 10), ("plateau", 0), ("plateau", 10), ("step", 0)),
+        pytest.param("step", 10, marks=pytest.mark.xfail(strict=True, reason="timm adds no cool-down to steps")),
+    ],
+)
+def test_epochs_are_those_that_the_schedule_has(make_run: MakeRun, sched: str, cooldown: int, prefix: bool) -> None:
+    """As timm counts them."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    options = dict(warmup_epochs=7, warmup_prefix=prefix, cooldown_epochs=cooldown)
+    _, epochs = create_scheduler_v2(optimizer, sched, 300, **options)
+    assert read_run(make_run([1.0], sched=sched, **options)).epochs == epochs
+
+
+@pytest.mark.parametrize("option", ["epochs", "cooldown_epochs", "warmup_epochs"])
+@pytest.mark.parametrize("value", ["abc", {"a": 1}, [3], -1, 2.5])
+def test_damaged_options(make_run: MakeRun, command: Callable[..., Outcome], option: str, value: object) -> None:
+    run = make_run([1.0, 2.0], warmup_prefix=True, **{option: value})
+    for argv in ([run], [run, "--against", ZOO / "vip_s7"]):
+        message = command("report", *argv).error("vip report")
+        assert f"{option} in the options beside {run / 'summary.csv'} is {value!r}" in message
+
+
+@pytest.mark.parametrize(
+    "points, changes, end",
+    [
+        (5.0, {}, "86.5 %"),
+        (18.0, {}, "99.5 %"),
+        (20.0, {}, None),  # above 100 %
+        (5.0, {"epochs": 100}, None),
+        (5.0, {"epochs": 600}, None),
+    ],
+)
+def test_extrapolation(
+    make_run: MakeRun, command: Callable[..., Outcome], points: float, changes: dict[str, int], end: str | None
+) -> None:
+    run = make_run([value + points for value in PUBLISHED[:60]], **changes)
+    out = command("report", run, "--against", ZOO / "vip_s7").out
+    assert f"If the difference stays, it ends at {end}." in out if end else "If the difference" not in out
+
+
+def test_without_options(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
+    """Of a log alone, the schedule is taken for the published one, and nothing is said of a recipe."""
+    run = make_run(PUBLISHED[:60])
+    (run / "args.yaml").unlink()
+    result = standing(run)
+    assert (result.published_epoch, result.difference, result.verdict) == (59, 0, "on track")
+    out = command("report", run, "--against", ZOO / "vip_s7").out
+    assert "No options are beside it: taken to have the published 310 epochs." in out
+    assert "equal shares" not in out and "recipe" not in out and "do not compare" not in out
+    out = command("report", make_run(PUBLISHED[:60], "other"), "--against", ZOO / "vip_s7").out
+    assert "No options" not in out
+
+
+@pytest.mark.parametrize("split", ["train", "training", None])
+def test_other_classes(make_run: MakeRun, command: Callable[..., Outcome], tmp_path: Path, split: str | None) -> None:
+    """Their number is that of the options, or else of the folders that the run was trained on."""
+    for i in range(7 if split else 0):
+        (tmp_path / "data" / str(split) / f"class{i}").mkdir(parents=True)
+    options = {"data": str(tmp_path / "data")} if split else {"num_classes": 7}
+    out = command("report", make_run([1.0], **options), "--against", ZOO / "vip_s7").out
+    assert "The run has 7 classes, the published one the 1000 of ImageNet: they do not compare." in out
+    for i, options in enumerate([{"num_classes": 1000}, {"data": str(tmp_path / "gone")}, {}]):
+        out = command("report", make_run([1.0], f"other{i}", **options), "--against", ZOO / "vip_s7").out
+        assert "do not compare" not in out
 
 
 @pytest.mark.parametrize("model", ["vip_s7", "vip_m7", "vip_l7"])

@@ -170,13 +170,22 @@ def test_images_in_memory(data: Path) -> None:
     assert any(torch.equal(image, pixels) for image in images), "an image of the right size was changed"
 
 
+def test_more_classes_than_the_models_have(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label in range(11):
+            (tmp_path / split / f"class{label:02}").mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / f"class{label:02}" / "0.png")
+    with pytest.raises(UserError, match=f"{tmp_path} has 11 classes, expected the 10 of CIFAR-10"):
+        training.images_in_memory(str(tmp_path), "train", CPU)
+
+
 def test_a_result(data: Path, tiny: str) -> None:
     job = Job("Mixer", 0.4, 1)
     result = training.train(job, str(data), tiny, Runtime(CPU))
     assert json.loads(json.dumps(result)) == result
     own, baseline = training.counts("Mixer", tiny), training.counts(BASELINE, tiny)
     assert {name: result[name] for name in ("model", "fraction", "seed")} == vars(job)
-    assert (result["params"], result["macs"]) == (own.params, own.macs)
+    assert (result["params"], result["macs"], result["size"]) == (own.params, own.macs, tiny)
     assert (result["training_images"], result["count"]) == (20, 20)
     assert result["images_seen"] == result["curve"][-1]["images"] == 2 * result["curve"][0]["images"]
     assert result["images_seen"] * own.macs == pytest.approx(64 * baseline.macs, rel=0.2)  # of whole batches
@@ -239,7 +248,7 @@ class InProcess(Executor):
 def made_up(job: Job) -> dict[str, Any]:
     top1 = 50.0 + job.seed + 10 * job.fraction
     return {
-        **{"model": job.model, "fraction": job.fraction, "seed": job.seed, "params": 1, "macs": 2},
+        **{"model": job.model, "fraction": job.fraction, "seed": job.seed, "size": "small", "params": 1, "macs": 2},
         **{"training_images": 3, "images_seen": 4, "top1": top1, "count": 5, "seconds": 0.1},
         "curve": [{"images": i, "train_loss": 1.0, "loss": 1.0, "top1": top1} for i in (2, 4)],
     }
@@ -278,6 +287,31 @@ def test_finished_trainings_are_not_repeated(
     assert [(r["model"], r["fraction"], r["seed"]) for r in results] == [(j.model, j.fraction, j.seed) for j in jobs]
     assert all(path.read_bytes() == content for path, content in finished.items())
     assert runs.run_missing(str(data), tiny, CPU, output, 1) == results and len(trained) == 4
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (json.dumps({"size": "full"}), ["holds results of --size full, not small", "another --output"]),
+        ('{"size": "sm', ["is damaged", "remove it"]),
+        ("", ["is damaged", "remove it"]),
+        *(
+            pytest.param(text, ["remove it"], marks=pytest.mark.xfail(strict=True, reason="KeyError or TypeError"))
+            for text in ("{}", "[]")
+        ),
+    ],
+)
+def test_results_that_are_of_no_use_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, words: list[str]
+) -> None:
+    monkeypatch.setattr(runs, "train", lambda *args: pytest.fail("it trains"))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", InProcess)
+    file = tmp_path / f"{runs.jobs()[-1].name}.json"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        runs.run_missing("", "small", CPU, tmp_path, 1)
+    assert str(tmp_path) in str(caught.value) and [word for word in words if word not in str(caught.value)] == []
+    assert file.read_text() == content
 
 
 @pytest.mark.parametrize("error", [UserError("out of luck"), KeyboardInterrupt()])
