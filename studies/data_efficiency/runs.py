@@ -59,6 +59,8 @@ def _read(file: Path, size: str) -> dict[str, Any]:
         result = json.loads(file.read_text())
     except ValueError as e:
         raise UserError(f"{file} is damaged ({e}): remove it, and the training is repeated.") from e
+    if not isinstance(result, dict) or "size" not in result:
+        raise UserError(f"{file} is no result of this study: remove it, and the training is repeated.")
     if result["size"] != size:
         raise UserError(f"{file.parent} holds results of --size {result['size']}, not {size}: choose another --output.")
     return result

@@ -120,7 +120,7 @@ def test_several_runs(make_run: MakeRun, command: Callable[..., Outcome]) -> Non
     "sched, cooldown",
     [
         *(("cosine", 0), ("cosine", 10), ("tanh", 10), ("poly", 10), ("plateau", 0), ("plateau", 10), ("step", 0)),
-        pytest.param("step", 10, marks=pytest.mark.xfail(strict=True, reason="timm adds no cool-down to steps")),
+        pytest.param("step", 10),
     ],
 )
 def test_epochs_are_those_that_the_schedule_has(make_run: MakeRun, sched: str, cooldown: int, prefix: bool) -> None:

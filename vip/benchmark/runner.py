@@ -147,7 +147,10 @@ def _measure(
             half = dataclasses.replace(case, batch_size=contenders.pop(case).batch_size // 2)
             free_memory(device)
             _logger.warning(f"{case.model}: out of memory beside the others, trying a batch of {half.batch_size}.")
-            contenders[case] = prepare(half, phase, config, device)
+            try:
+                contenders[case] = prepare(half, phase, config, device)
+            except Exception as e:  # as above
+                measured[case] = {f"{phase}_error": _failed(case, phase, one_line(e))}
     if turns[MATMUL].error:
         raise UserError(f"A matrix product in {config.precision} fails on {device}: {turns[MATMUL].error}")
     rate = products / median(turns[MATMUL].seconds)

@@ -65,7 +65,7 @@ def _as_published(row: Row) -> bool:
 
 
 def _published_speed(row: Row) -> str:
-    same = _as_published(row) and row["batch_size"] == 32
+    same = _as_published(row) and row.get("inference_batch_size", row["batch_size"]) == 32
     return _number(row["published_v100_images_per_second"] if same else None, ".0f")
 
 

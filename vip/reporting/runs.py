@@ -17,6 +17,9 @@ WINDOW = 5  # epochs; the published top-1 jumps by 0.1 points from epoch to epoc
 POINTS, EPOCHS = 0.5, 2.0  # a difference below either is not worth worrying about
 
 
+_SCHEDULES_WITH_COOLDOWN = ("cosine", "tanh", "poly", "wsd", "rsqrt")
+
+
 @dataclass(frozen=True)
 class EpochLog:
     """Rows of a `summary.csv` or a published log.
@@ -39,7 +42,7 @@ class EpochLog:
             UserError: If its options are damaged.
         """
         planned = self._count("epochs")
-        if planned and self.options.get("sched") != "plateau":
+        if planned and self.options.get("sched", "cosine") in _SCHEDULES_WITH_COOLDOWN:
             planned += self._count("cooldown_epochs")
         if planned and self.options.get("warmup_prefix"):
             planned += self._count("warmup_epochs")
@@ -47,7 +50,7 @@ class EpochLog:
 
     def _count(self, option: str) -> int:
         value = self.options.get(option) or 0
-        if not isinstance(value, int) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise UserError(f"{option} in the options beside {self.path} is {value!r}, expected a number of epochs.")
         return value
 
@@ -56,9 +59,10 @@ class EpochLog:
         """Classes of the training set, None if neither options nor data tell."""
         if isinstance(classes := self.options.get("num_classes"), int):
             return classes
-        data = Path(str(self.options.get("data") or self.options.get("data_dir") or ""))
-        folder = next((data / name for name in ("train", "training") if (data / name).is_dir()), None)
-        return sum(path.is_dir() for path in folder.iterdir()) if folder and self.options.get("data") else None
+        data = self.options.get("data") or self.options.get("data_dir")
+        folders = [Path(str(data)) / name for name in ("train", "training")] if data else []
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        return sum(path.is_dir() for path in folder.iterdir()) if folder else None
 
     def column(self, name: str) -> list[float]:
         """All values of a column.
