@@ -78,7 +78,10 @@ def _draw_curves(results: Results, folder: Path) -> list[Path]:
             x = [point["images"] / curves[0][-1]["images"] * 100 for point in curves[0]]
             _band(ax, x, [[point["top1"] for point in curve] for curve in curves], model)
         ax.set(title=f"{fraction:.0%} of CIFAR-10", xlabel="training compute in %", ylabel="top-1 in %")
-    axes[0].legend()
+    limits = [limit for ax in axes for limit in ax.get_ylim()]
+    for ax in axes:
+        ax.set_ylim(min(limits), max(limits))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return save_figure(figure, folder / "curves")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, Mlp, to_2tuple, trunc_normal_
+from timm.layers import DropPath, LayerNorm, Mlp, to_2tuple
 from timm.layers.trace_utils import _assert
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -314,10 +314,10 @@ class ExternalAttentionMlp(VisionTransformer):
 
     @torch.jit.ignore
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialize all weights as published: truncated normal of std 0.02, zero biases, fixed positions."""
+        """Initialize all weights as published: normal of std 0.02, zero biases, fixed positions."""
         assert self.pos_embed is not None and self.cls_token is not None
         self.pos_embed.requires_grad_(False).copy_(sinusoids(*self.pos_embed.shape[1:]))
-        trunc_normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
         named_apply(_init_weights, self)
 
     @torch.jit.ignore

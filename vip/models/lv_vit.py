@@ -29,7 +29,6 @@ from timm.layers import (
     get_device_dtype,
     resample_abs_pos_embed,
     to_2tuple,
-    trunc_normal_,
 )
 from timm.layers.trace_utils import _assert
 from timm.models import (
@@ -250,9 +249,9 @@ class LVViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize all weights as published: truncated normal of std 0.02, zero biases."""
-        trunc_normal_(self.pos_embed, std=0.02)
-        trunc_normal_(self.cls_token, std=0.02)
+        """Initialize all weights as published: normal of std 0.02, zero biases."""
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
         named_apply(init_linear, self)
 
     @torch.jit.ignore

@@ -329,7 +329,7 @@ class VisionPermutator(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize all weights as published: truncated normal of std 0.02 for linear layers, zero biases."""
+        """Initialize all weights as published: normal of std 0.02 for linear layers, zero biases."""
         named_apply(init_linear, self)
 
     @torch.jit.ignore

@@ -128,7 +128,7 @@ class DenseClassifier(nn.Module):
             if not model.num_classes:
                 raise UserError("Token labels need classes: the model was created without any.")
             model.aux_head = nn.Linear(self.layout.channels, model.num_classes, **get_device_dtype(model))
-            nn.init.trunc_normal_(model.aux_head.weight, std=0.02)
+            nn.init.normal_(model.aux_head.weight, std=0.02)
             nn.init.zeros_(model.aux_head.bias)
         self.model = model
 
