@@ -17,7 +17,8 @@ from label_maps import write_maps
 
 import vip.training.engine as engine
 from vip.errors import UserError
-from vip.training.recovery import REQUEUE
+from vip.training.recovery import REQUEUE, RecoveryPoints
+from vip.training.runtime import Runtime
 from vip.training.saver import RunSaver
 from vip.training.trainer import train
 
@@ -219,6 +220,40 @@ def test_other_batches_need_to_be_asked_for(colours: Path, tmp_path: Path, monke
     assert "at epoch 0, sample 16" in caplog.text
     steps = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Epoch 0/2 [")]
     assert [step.partition("]")[0] for step in steps] == ["Epoch 0/2 [1/3", "Epoch 0/2 [2/3", "Epoch 0/2 [3/3"]
+
+
+def test_other_batches_forget_no_sample(colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """After 12 of 40 images in batches of 4, one batch of 8 is the 20th image, and not the 16th."""
+    with stopped_at(4, monkeypatch), pytest.raises(Killed):
+        train(quick(colours, tmp_path, **RANDOM))
+    other: dict[str, Any] = {**RANDOM, "batch_size": 8, "resume_elastic": True}
+    with stopped_at(2, monkeypatch), pytest.raises(Killed):
+        train(quick(colours, tmp_path, **other))
+    position = torch.load(tmp_path / "run/recovery.pth.tar", weights_only=True)["position"]
+    assert (position["samples"], position["batch"]) == (20, 2)
+    caplog.set_level("INFO")
+    with stopped_at(1, monkeypatch), pytest.raises(Killed):
+        train(quick(colours, tmp_path, **other))
+    assert "at epoch 0, sample 20" in caplog.text
+
+
+def test_processes_vote_once_for_each_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that is late at the third update, and a vote that is read one update later."""
+    now = [0.0]
+    monkeypatch.setattr("vip.training.recovery.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vip.training.recovery.dist.new_group", lambda **kwargs: "group")
+
+    class Work:
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr("vip.training.recovery.dist.all_reduce", lambda *args, **kwargs: Work())
+    points = RecoveryPoints(0, 1.0, Runtime(torch.device("cpu"), world_size=2))
+    due = []
+    for batch in range(1, 9):
+        now[0] += 25
+        due.append(points.due(batch))
+    assert due == [False, False, False, True, False, False, False, True]
 
 
 def flags_of(output: Path, name: str, *flags: str) -> list[str]:

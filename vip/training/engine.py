@@ -41,6 +41,7 @@ class TrainState:
     updates: int = 0
     batch: int = 0  # batches of the epoch that are done, and the sum of their losses
     loss_sum: float = 0.0
+    samples_before: int = 0  # of the epoch, in batches of another size, before those
 
     @property
     def lr(self) -> float:
@@ -186,7 +187,7 @@ def train_one_epoch(
             state.batch, state.loss_sum = i + 1, losses.total
             save()
             recovery.leave_if_told()
-    state.batch, state.loss_sum = 0, 0.0
+    state.batch, state.loss_sum, state.samples_before = 0, 0.0, 0
     return {"loss": losses.average}
 
 

@@ -65,27 +65,29 @@ class RecoveryPoints:
 
         Processes agree by a vote that each opens at one update and reads at the next, so that none waits for it.
         """
-        late = bool(self.minutes) and time.monotonic() - self.saved_at > 60 * self.minutes
-        late, caught = self._agree(late, self.caught)
+        late, caught = self._wishes() if self.group is None else self._read_vote()
         if caught:
             self.leaving = SIGNALS[caught - 1]
         counted = self.interval > 0 and batch // self.interval > self.saved_batch // self.interval
-        if not (late or counted or caught):
-            return False
-        self.saved_at, self.saved_batch = time.monotonic(), batch
-        return True
+        save = bool(late or counted or caught)
+        if save:
+            self.saved_at, self.saved_batch = time.monotonic(), batch
+        if self.group is not None:  # after the clock is set anew, or the next vote would ask for the same save again
+            ballot = torch.tensor(self._wishes())
+            self.vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return save
 
-    def _agree(self, late: bool, caught: int) -> tuple[bool, int]:
-        if self.group is None:
-            return late, caught
-        agreed = (False, 0)
-        if self.vote is not None:
-            ballot, work = self.vote
-            work.wait()
-            agreed = bool(ballot[0]), int(ballot[1])
-        ballot = torch.tensor([int(late), caught])
-        self.vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return agreed
+    def _wishes(self) -> tuple[int, int]:
+        """Whether this process would save by its clock, and which signal it has caught."""
+        late = bool(self.minutes) and time.monotonic() - self.saved_at > 60 * self.minutes
+        return int(late), self.caught
+
+    def _read_vote(self) -> tuple[int, int]:
+        if self.vote is None:
+            return 0, 0
+        ballot, work = self.vote
+        work.wait()
+        return int(ballot[0]), int(ballot[1])
 
     def leave_if_told(self) -> None:
         """Leave where the processes have agreed to.

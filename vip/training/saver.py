@@ -191,7 +191,7 @@ class RunSaver(CheckpointSaver):
             "position": {
                 **self.batches,
                 "batch": state.batch,
-                "samples": state.batch * self.batches["batch_size"] * self.batches["processes"],
+                "samples": state.samples_before + state.batch * self.batches["batch_size"] * self.batches["processes"],
                 "loss_sum": state.loss_sum,
             },
             "saver": self.state_dict(epoch, metric),

@@ -238,10 +238,10 @@ class Trainer:
             self.first_sample = resume(self.state, self.resumed, config, runtime.world_size)
         if self.state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
             _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
-            self.state.batch, self.state.loss_sum = 0, 0.0
+            self.state.batch, self.state.loss_sum, self.state.samples_before = 0, 0.0, 0
         if config.start_epoch is not None:
             self.state.epoch, self.state.batch, self.state.loss_sum = config.start_epoch, 0, 0.0
-            self.first_sample = 0
+            self.first_sample = self.state.samples_before = 0
         if self.state.epoch >= self.epochs:
             raise UserError(f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs.")
         self.state.updates = self.state.updates or self.state.epoch * updates
@@ -518,7 +518,7 @@ def _continue_epoch(
         )
     state.batch, state.loss_sum = position["batch"], position["loss_sum"]
     if changed:  # the average loss of the epoch is of the batches as they are counted now
-        batch = position["samples"] // (config.batch_size * world_size)
+        batch, state.samples_before = divmod(position["samples"], config.batch_size * world_size)
         state.loss_sum *= batch / max(state.batch, 1)
         state.batch = batch
     return position["samples"]
