@@ -1,5 +1,6 @@
 """Weights: reading checkpoint files safely, recognising what they hold, and loading them with clear errors."""
 
+import hashlib
 import importlib
 import logging
 from collections import Counter
@@ -8,19 +9,20 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
 from vip.errors import UserError
-from vip.files import UnreadableFile, load_without_code
+from vip.files import UnreadableFile, check_records, load_without_code
 from vip.options import nearest
 
 _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
+
+CHECKSUM = "tensors_sha256"  # in the metadata of safetensors files, which have no checksum of their own
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -51,12 +53,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         Its content: a training state with `state_dict`, or bare weights.
 
     Raises:
-        UserError: If the file is missing, damaged, or needs unpickling code.
+        UserError: If the file is missing, damaged (the checksums in it are checked), or needs unpickling code.
     """
     path = find_checkpoint(path)
     content: Any
     try:
-        content = _load_safetensors(path) if path.suffix == ".safetensors" else load_without_code(path)
+        if path.suffix == ".safetensors":
+            content = load_safetensors(path)[0]
+        else:
+            check_records(path)
+            content = load_without_code(path)
     except UnreadableFile as e:
         if e.code:
             raise UserError(
@@ -64,16 +70,37 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 "trust it."
             ) from e
         raise UserError(f"{path} is no checkpoint or is damaged ({e}); take another one of the run.") from e
+    except OSError as e:
+        raise UserError(f"Cannot read {path} ({e.strerror or e}).") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint or a dictionary of weights.")
     return content
 
 
-def _load_safetensors(path: Path) -> StateDict:
+def load_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
+    """The tensors of a safetensors file and its metadata.
+
+    Raises:
+        UnreadableFile: If it is damaged, by the format or by the checksum where it has one.
+    """
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as e:
         raise UnreadableFile(type(e).__name__, []) from e
+    if CHECKSUM in metadata and metadata[CHECKSUM] != tensors_checksum(tensors):
+        raise UnreadableFile("its tensors are not what was written", [])
+    return tensors, metadata
+
+
+def tensors_checksum(tensors: StateDict) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | Path = "checkpoint") -> StateDict:
