@@ -7,3 +7,7 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         # A loader worker hands its error over as text with the worker's traceback in front of the message.
         super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+
+
+class SaveError(UserError):
+    """Something of a run could not be written; what was there before is intact."""

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vip.reporting import progress
@@ -21,14 +21,29 @@ def setup_logging(is_primary: bool) -> None:
         logging.getLogger().handlers[0].addFilter(lambda record: record.name != progress.__name__)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that may become impossible to write, on a full disk, without more than one line about it."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say so once, where logging would print a traceback for every line."""
+        if not self.failed:
+            self.failed = True
+            print(
+                f"Cannot write {self.baseFilename} ({sys.exc_info()[1]}); the log goes on here alone.", file=sys.stderr
+            )
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Log to a file as well, with times."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what is still unwritten, on a full disk
+            handler.close()

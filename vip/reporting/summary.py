@@ -1,11 +1,14 @@
 """Per-epoch results of a run: timm's `summary.csv`, and TensorBoard and Weights & Biases on request."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from timm.utils import trim_summary, update_summary
 
-from vip.errors import UserError
+from vip.errors import SaveError, UserError
+from vip.files import replacing
 
 
 class Summary:
@@ -33,7 +36,8 @@ class Summary:
         wandb_project: str | None = None,
     ) -> None:
         self.path = folder / "summary.csv"
-        trim_summary(str(self.path), start_epoch)
+        if self.path.exists():
+            self._rewrite(lambda path: trim_summary(path, start_epoch))
         self.tensorboard = self.wandb = None
         try:
             if tensorboard:
@@ -50,22 +54,37 @@ class Summary:
             raise UserError(f"{e}; pip install 'vision-permutator[logging]', or log less.") from e
 
     def write(self, epoch: int, train: dict[str, float], evaluation: dict[str, float], **others: float) -> None:
-        """Write the results of an epoch; `others` go to TensorBoard and Weights & Biases only, but for `lr`."""
-        try:
-            update_summary(epoch, train, evaluation, str(self.path), lr=others.get("lr"))
-        except OSError as e:
-            raise UserError(f"Cannot write {self.path} ({e.strerror}); the checkpoints are intact.") from e
+        """Write the results of an epoch; `others` go to TensorBoard and Weights & Biases only, but for `lr`.
+
+        Raises:
+            SaveError: If they cannot be written.
+        """
+        self._rewrite(lambda path: update_summary(epoch, train, evaluation, path, lr=others.get("lr")))
         values = {
             **{f"train/{k}": v for k, v in train.items()},
             **{f"eval/{k}": v for k, v in evaluation.items()},
             **others,
         }
         if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, epoch)
-            self.tensorboard.flush()
+            with self._write_errors():
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(name, value, epoch)
+                self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log(values, step=epoch)
+
+    def _rewrite(self, change: Callable[[str], None]) -> None:
+        """Change a copy of the file, which takes its place; timm would write into it."""
+        with self._write_errors(), replacing(self.path) as unfinished:
+            unfinished.write_bytes(self.path.read_bytes() if self.path.exists() else b"")
+            change(str(unfinished))
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise SaveError(f"Cannot write the results to {self.path.parent} ({e.strerror}).") from e
 
     def close(self) -> None:
         """Finish the loggers."""

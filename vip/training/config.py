@@ -159,6 +159,9 @@ class RunConfig(Options):
     recovery_interval: int = option(0, "batches between saves within an epoch, 0 for none", metavar="N", low=0)
     recovery_minutes: float = option(15.0, "minutes between saves within an epoch, 0 for none", metavar="N", low=0)
     checkpoint_hist: int = option(10, "best checkpoints to keep", metavar="N", low=1)
+    on_save_error: str = option(
+        "stop", "what to do when a checkpoint or a result cannot be written", choices=("stop", "continue")
+    )
     save_images: bool = option(False, "save the first training batch of each log interval as an image")
     output: str = option("", "folder of all runs (default: output/train)", metavar="DIR")
     experiment: str = option("", "folder of this run (default: time, model and size)", metavar="NAME")

@@ -1,11 +1,18 @@
 """The folder a run leaves behind: checkpoints in timm's layout, its configuration, and whether there is room for it."""
 
+import copy
+import errno
 import logging
 import os
 import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -13,7 +20,7 @@ from timm.models import safe_model_name
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from vip.errors import UserError
+from vip.errors import SaveError, UserError
 from vip.files import replacing
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState
@@ -77,19 +84,26 @@ def refuse_existing_run(folder: Path) -> None:
         )
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> None:
-    """Create the folder of a run and write its `args.yaml`.
+def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> IO[bytes]:
+    """Create the folder of a run, keep other processes out of it, and write its `args.yaml`.
 
     Args:
         folder: Folder of the run.
         config: What `args.yaml` is to hold.
         needed_bytes: Room that the checkpoints will take.
 
+    Returns:
+        An open file; while it is open, no other process trains in the folder.
+
     Raises:
-        UserError: If it cannot be written, or the disk has too little room.
+        UserError: If it cannot be written, another process does, or the disk has too little room.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab")
+        _wait_for(lock, folder)
+        for unfinished in folder.glob(".*.unfinished"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
         with replacing(folder / "args.yaml") as path:
             path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         free = shutil.disk_usage(folder).free
@@ -100,6 +114,27 @@ def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> N
             f"The checkpoints of this run need {needed_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
             "make room, choose another --output, or keep fewer with --checkpoint-hist."
         )
+    return lock
+
+
+def _wait_for(lock: IO[bytes], folder: Path, seconds: float = 30) -> None:
+    """Lock a file; a process that was told to leave may need a while to."""
+    if sys.platform == "win32":
+        return  # which has no such locks
+    import fcntl
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                return _logger.warning(f"{folder} cannot be locked ({e.strerror}): start no second run in it.")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"Another process trains in {folder}: wait for it, stop it, or choose another --experiment."
+            )
+        time.sleep(0.5)
 
 
 def checkpoint_bytes(state: TrainState, copies: int) -> int:
@@ -129,13 +164,39 @@ def load_scheduler_state(scheduler: Any, content: dict[str, Any]) -> None:
         scheduler.metric = content.get("metric")  # nothing but its next checkpoint needs it
 
 
+@contextmanager
+def save_errors(on_save_error: str) -> Iterator[None]:
+    """Let a run go on after a `SaveError` where `--on-save-error` is `continue`."""
+    try:
+        yield
+    except SaveError as e:
+        if on_save_error == "stop":
+            raise
+        _logger.warning(f"{e} The run goes on, as --on-save-error says, and tries again at the next save.")
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own on the CPU, to be written while training changes the original."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        new = copy.copy(value)  # a state dict has attributes, too
+        new.update((key, _copied(item)) for key, item in value.items())
+        return new
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
 class RunSaver(CheckpointSaver):
-    """timm's checkpoint bookkeeping around files that are whole or not there.
+    """timm's checkpoint bookkeeping around files that are whole or not there, written while training goes on.
+
+    A save copies the state, which is what training waits for; one thread writes the copies in their order.
 
     Args:
         state: What to save.
         folder: Folder of the run.
-        config: Name of the model, eval metric and number of checkpoints to keep.
+        config: Name of the model, eval metric, number of checkpoints to keep, and what to do when a save fails.
         about: Entries of a checkpoint that do not change: `arch`, `args` and what else describes the run.
         batches: `processes`, `batch_size` and `grad_accum_steps`.
     """
@@ -152,17 +213,66 @@ class RunSaver(CheckpointSaver):
             max_history=config.checkpoint_hist,
         )
         self.state, self.about, self.batches = state, about, batches
+        self.on_save_error = config.on_save_error
         self.recovery_path = folder / RECOVERY
+        self.content: dict[str, Any] = {}  # what is being written
+        self.thread = ThreadPoolExecutor(1, "saver")
+        self.writing: Future | None = None
 
     def save_within_epoch(self) -> None:
         """Save the state after a batch, in the place of the last one saved so."""
-        self._save(str(self.recovery_path), self.state.epoch - 1)
+        ended = self.state.epoch - 1
+        self._begin(f"batch {self.state.batch}", lambda: self._save(str(self.recovery_path), ended))
 
-    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+    def save_after_epoch(self, epoch: int, metric: float) -> None:
         """Save the state after an epoch as timm does; what was saved within it is not needed any more."""
-        best = super().save_checkpoint(epoch, metric)
-        self.recovery_path.unlink(missing_ok=True)
-        return best
+
+        def write() -> None:
+            self.save_checkpoint(epoch, metric)
+            self.recovery_path.unlink(missing_ok=True)
+
+        self._begin(f"epoch {epoch}", write)
+
+    def _begin(self, what: str, write: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        self.wait()  # for the save before: there is never more than one copy
+        content = self._state()
+        waited = time.perf_counter() - start
+
+        def work() -> None:
+            self.content = content
+            try:
+                write()
+            except OSError as e:
+                raise SaveError(_unwritten(self.checkpoint_dir, e)) from e
+            finally:
+                self.content = {}
+            _logger.debug(f"Saved after {what}: training waited {waited:.2f} s for {time.perf_counter() - start:.2f} s")
+
+        self.writing = self.thread.submit(work)
+
+    def wait(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            SaveError: If it failed and the run is to stop.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            with save_errors(self.on_save_error):
+                writing.result()
+
+    def close(self) -> None:
+        """Wait for what is being written, and end; raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
+
+    def check(self) -> None:
+        """Notice a save that has failed, without waiting for one that is under way; raises as `wait` does."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
 
     def continue_from(self, path: str) -> None:
         """Take up the bookkeeping of a run, and finish it where the run was stopped in the middle of it."""
@@ -173,15 +283,15 @@ class RunSaver(CheckpointSaver):
         if epoch is None:
             return
         if self._checkpoint_path(epoch) not in [file for file, _ in self.checkpoint_files]:
-            super().save_checkpoint(epoch, metric)
+            self.save_after_epoch(epoch, metric)
+            self.wait()
         elif self.best_epoch == epoch:
             self._duplicate(self._checkpoint_path(epoch), str(Path(self.checkpoint_dir) / "model_best.pth.tar"))
         self.recovery_path.unlink(missing_ok=True)
 
-    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+    def _state(self) -> dict[str, Any]:
         state = self.state
         content = {
-            "epoch": epoch,
             "version": 2,  # timm's layout in which `epoch` is the one that ended
             **self.about,
             **state.task.get_checkpoint_state(),
@@ -194,20 +304,22 @@ class RunSaver(CheckpointSaver):
                 "samples": state.samples_before + state.batch * self.batches["batch_size"] * self.batches["processes"],
                 "loss_sum": state.loss_sum,
             },
-            "saver": self.state_dict(epoch, metric),
         }
         if state.scheduler is not None:
             content["lr_scheduler"] = scheduler_state(state.scheduler)
         if state.precision.scaler is not None:
             content[state.precision.scaler.state_dict_key] = state.precision.scaler.state_dict()
+        return _copied(content)
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        content = {"epoch": epoch, **self.content, "saver": self.state_dict(epoch, metric)}
         if metric is not None:
             content["metric"] = metric
         try:
             with replacing(save_path) as path:
                 torch.save(content, path)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-            raise UserError(f"Cannot write {save_path} ({reason}); the checkpoints before it are intact.") from e
+        except RuntimeError as e:  # as which torch reports a full disk
+            raise SaveError(_unwritten(save_path, e)) from e
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)  # timm removes dst first, and a crash in between would lose it
@@ -219,3 +331,8 @@ class RunSaver(CheckpointSaver):
                 os.link(src, path)
             except OSError:  # file systems without hard links
                 shutil.copyfile(src, path)
+
+
+def _unwritten(path: str | Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return f"Cannot write {path} ({reason}); the checkpoints before it are intact."

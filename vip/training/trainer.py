@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vip.data.augmentation import create_mixup
 from vip.data.datasets import check_same_classes, class_to_idx, create_split, unreadable_files
 from vip.data.loaders import create_eval_loader, create_train_loader
 from vip.data.order import EpochOrder
-from vip.errors import UserError
+from vip.errors import SaveError, UserError
 from vip.reporting.logs import log_to_file, setup_logging
 from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics
@@ -51,6 +51,7 @@ from vip.training.saver import (
     refuse_existing_run,
     resume_path,
     run_folder,
+    save_errors,
 )
 from vip.training.task import TokenLabelTask
 from vip.training.weights import find_checkpoint, load_finetune, load_weights, read_checkpoint, state_dict_of
@@ -263,7 +264,6 @@ class Trainer:
         """Train, validate and save, epoch by epoch."""
         state, config = self.state, self.config
         with self._outputs() as outputs, self.recovery:
-            best: tuple[float | None, int | None] = (None, None)
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
                 train_metrics, images_per_second = self._train_epoch(epoch, outputs)
@@ -277,13 +277,16 @@ class Trainer:
                 if state.scheduler is not None:
                     state.scheduler.step(epoch + 1, metric)
                 if outputs is not None:
-                    outputs.summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
-                    best = outputs.saver.save_checkpoint(epoch, metric)
+                    with save_errors(config.on_save_error):
+                        outputs.summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
+                    outputs.saver.save_after_epoch(epoch, metric)
                 if epoch + 1 < self.epochs:
                     self.recovery.finish_epoch()
             if outputs is not None:
-                if best[0] is not None:
-                    _logger.info(f"Best {config.eval_metric} {best[0]:.3f} in epoch {best[1]}")
+                outputs.saver.wait()
+                if outputs.saver.best_metric is not None:
+                    best = f"{outputs.saver.best_metric:.3f} in epoch {outputs.saver.best_epoch}"
+                    _logger.info(f"Best {config.eval_metric} {best}")
                 _logger.info(f"Results are in {outputs.folder}")
 
     @contextmanager
@@ -300,18 +303,15 @@ class Trainer:
         continued = bool(self.resumed) and Path(self.resumed).parent == folder
         if not continued:
             refuse_existing_run(folder)
-        prepare_folder(folder, recipe, checkpoint_bytes(state, kept))
+        lock = prepare_folder(folder, recipe, checkpoint_bytes(state, kept))
         about = {"arch": self.arch, "data_config": self.data_config, "class_to_idx": self.class_to_idx}
         batches = batches_of(config, self.runtime.world_size)
         saver = RunSaver(state, folder, config, {**about, "args": args}, batches)
         if continued:
             saver.continue_from(self.resumed)
         summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
-        try:
-            with log_to_file(folder / "train.log"):
-                yield Outputs(folder, saver, summary)
-        finally:
-            summary.close()
+        with lock, closing(summary), closing(saver), log_to_file(folder / "train.log"):
+            yield Outputs(folder, saver, summary)
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
         batches = len(loader) if hasattr(loader, "__len__") else None
@@ -333,8 +333,10 @@ class Trainer:
         def on_batch(i: int, images: torch.Tensor) -> None:
             if outputs is None:
                 return
+            outputs.saver.check()
             if config.save_images and i % config.log_interval == 0:
-                save_image(images, outputs.folder / f"train-batch-{epoch}-{i}.jpg", padding=0, normalize=True)
+                with save_errors(config.on_save_error):
+                    outputs.save_images(images, f"train-batch-{epoch}-{i}.jpg")
 
         def save() -> None:
             if outputs is not None:
@@ -409,6 +411,15 @@ class Outputs:
     folder: Path
     saver: RunSaver
     summary: Summary
+
+    def save_images(self, images: torch.Tensor, name: str) -> None:
+        """Save a batch of images as a picture; raises `SaveError`."""
+        try:
+            save_image(images, self.folder / name, padding=0, normalize=True)
+        except OSError as e:
+            raise SaveError(
+                f"Cannot write {self.folder / name} ({e.strerror}); make room, or leave out --save-images."
+            ) from e
 
 
 def _in_chans(config: TrainConfig) -> int:
