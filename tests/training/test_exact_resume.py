@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import quick
+from exact_runs import assert_same_run, flags_of, run_until
 from label_maps import write_maps
 
 import vip.training.engine as engine
@@ -22,7 +22,6 @@ from vip.training.runtime import Runtime
 from vip.training.saver import RunSaver
 from vip.training.trainer import train
 
-ROOT = Path(__file__).parents[2]
 RANDOM: dict[str, Any] = dict(
     no_aug=False, aa="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1, drop=0.1, drop_path=0.2,
     model_ema=True, model_ema_decay=0.9, batch_size=4, epochs=3, resume="auto", recovery_interval=1,
@@ -57,33 +56,6 @@ def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> I
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_step", train_step)
         yield
-
-
-def same(a: Any, b: Any, place: str = "") -> None:
-    """Equal to the bit, or an error that says where not."""
-    assert type(a) is type(b), place
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), place
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for name in a:
-            same(a[name], b[name], f"{place}.{name}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), place
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            same(one, other, f"{place}[{i}]")
-    else:
-        assert a == b or (a != a and b != b), f"{place}: {a} and {b}"
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
-    assert (one / "summary.csv").read_bytes() == (other / "summary.csv").read_bytes()
-    for path in one.glob("*.pth.tar"):
-        contents = [torch.load(folder / path.name, weights_only=True) for folder in (one, other)]
-        for content in contents:
-            content["args"].update(output="", experiment="")
-        same(*contents, place=path.name)
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -256,52 +228,6 @@ def test_processes_vote_once_for_each_save(monkeypatch: pytest.MonkeyPatch) -> N
     assert due == [False, False, False, True, False, False, False, True]
 
 
-def flags_of(output: Path, name: str, *flags: str) -> list[str]:
-    return [
-        *("--model", "vip_nano4_32", "--device", "cpu", "-j", "1", "--epochs", "3", "--warmup-epochs", "1"),
-        *(
-            "--cooldown-epochs",
-            "0",
-            "--sched",
-            "plateau",
-            "--patience-epochs",
-            "0",
-            "--lr",
-            "1e-3",
-            "--drop-path",
-            "0.2",
-        ),
-        *(
-            "--model-ema",
-            "--grad-accum-steps",
-            "2",
-            "--recovery-interval",
-            "1",
-            "--resume",
-            "auto",
-            "--log-interval",
-            "1",
-        ),
-        *("--output", str(output), "--experiment", name, *flags),
-    ]
-
-
-def run_until(line: int, argv: list[str], number: int = signal.SIGKILL, group: bool = False) -> int:
-    """Start a process group and send it a signal when its log has so many lines of steps; returns its exit status."""
-    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True)
-    assert process.stderr is not None
-    for text in process.stderr:
-        line -= text.startswith("Epoch ") and "] lr" in text
-        if line == 0:
-            if group or number == signal.SIGKILL:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
-            line -= 1
-    return process.wait()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_loader_processes_outlive_a_signal_to_the_whole_group(number: int, colours: Path, tmp_path: Path) -> None:
     argv = [sys.executable, "train.py", str(colours), *flags_of(tmp_path, "run", "-b", "8")]
@@ -314,7 +240,8 @@ def test_loader_processes_outlive_a_signal_to_the_whole_group(number: int, colou
 def test_sigkill(processes: int, colours: Path, tmp_path: Path) -> None:
     """Whole process groups are killed at random steps, alone and under torchrun."""
     start = [sys.executable, "train.py"] if processes == 1 else ["./distributed_train.sh", str(processes)]
-    flags = ["-b", str(8 // processes)]
+    maps = write_maps(colours / "train", tmp_path / "maps")
+    flags = ["-b", str(8 // processes), "--token-label", "--token-label-data", str(maps), "--mixup", "0.8"]
     assert run_until(-1, [*start, str(colours), *flags_of(tmp_path, "whole", *flags)]) == 0
     rng = random.Random(processes)
     argv = [*start, str(colours), *flags_of(tmp_path, "run", *flags)]
