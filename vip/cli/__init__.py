@@ -16,6 +16,8 @@ COMMANDS = {
     "benchmark": "time models side by side, and print the published comparison",
     "report": "compare runs with each other and with a published one",
     "label-maps": "convert, check and time label maps",
+    "prepare-imagenet": "make ImageNet's image folder from its archives",
+    "check-data": "check the images of a data set before training on them",
     "make-digits": "write scikit-learn's handwritten digits as an image folder",
 }
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `vip`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:14} {text}" for name, text in COMMANDS.items())
+        lines = "\n".join(f"  {name:16} {text}" for name, text in COMMANDS.items())
         print(f"usage: vip COMMAND ...\n\n{lines}\n\nvip COMMAND --help tells what a command takes.")
         return 0
     if argv[0] == "--version":
