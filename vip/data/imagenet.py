@@ -1,8 +1,8 @@
 """ImageNet-1k as an image folder, from its two archives.
 
 A class is written to a folder `.unfinished` beside its place, the disks are synced, and the folder gets its name. So a
-class folder that has its name is whole, however the program was stopped, and after a power failure where `os.sync` waits
-for the disks, as on Linux. One sync a class takes the place of one a file.
+class folder that has its name is whole, however the program was stopped, and also after a power failure where `os.sync`
+waits for the disks, as on Linux. One sync a class takes the place of one a file.
 """
 
 import errno
@@ -183,7 +183,7 @@ def _list_members(
                 problem = "twice" if member.name in names else "" if is_expected(member.name) else "unexpected"
             if problem:
                 raise UserError(
-                    f"{title} holds {member.name[:100]!r} ({problem}) and is not unpacked; expected plain files such "
+                    f"{title} holds {member.name!r:.100} ({problem}) and is not unpacked; expected plain files such "
                     f"as {example}, each once."
                 )
             names.add(member.name)
@@ -192,8 +192,7 @@ def _list_members(
             raise tarfile.ReadError("it does not end as archives do")
         if not names:
             raise tarfile.ReadError("it is empty")
-    # forged sizes lead to places before or far behind the file, or to the same header again
-    except (tarfile.TarError, ValueError, OverflowError) as e:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as e:  # forged sizes lead anywhere
         raise UserError(f"{title} is cut off, damaged or no tar archive ({e}); download it again.") from e
     return tar, tar.getmembers()
 
