@@ -295,7 +295,7 @@ class _Record:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return cls(size, mtime_ns)
-        except (OSError, ValueError, TypeError) as e:
+        except (ValueError, TypeError) as e:
             raise UserError(f"Cannot read {path} ({e}); remove it, and run the same again.") from e
         return record if (record.size, record.mtime_ns) == (size, mtime_ns) else cls(size, mtime_ns)
 
