@@ -70,7 +70,7 @@ def check_records(path: str | Path) -> bool:
                 if not any(record.CRC for record in records):
                     return False
                 for record in records:
-                    name = f"the record {record.filename!r}"
+                    name = f"the record {record.filename[:100]!r}"
                     with archive.open(record) as content:
                         while content.read(2**20):
                             pass

@@ -16,6 +16,7 @@ COMMANDS = {
     "benchmark": "time models side by side, and print the published comparison",
     "report": "compare runs with each other and with a published one",
     "label-maps": "convert, check and time label maps",
+    "checkpoint": "look into checkpoints, verify, average, strip and convert them",
     "prepare-imagenet": "make ImageNet's image folder from its archives",
     "check-data": "check the images of a data set before training on them",
     "make-digits": "write scikit-learn's handwritten digits as an image folder",

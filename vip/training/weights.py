@@ -59,7 +59,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     content: Any
     try:
         if path.suffix == ".safetensors":
-            content = load_safetensors(path)[0]
+            content = load_safetensors(path)
         else:
             check_records(path)
             content = load_without_code(path)
@@ -77,30 +77,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
+def load_safetensors(path: Path) -> StateDict:
+    """The tensors of a safetensors file.
 
     Raises:
         UnreadableFile: If it is damaged, by the format or by the checksum where it has one.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            recorded = (file.metadata() or {}).get(CHECKSUM)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as e:
         raise UnreadableFile(type(e).__name__, []) from e
-    if CHECKSUM in metadata and metadata[CHECKSUM] != tensors_checksum(tensors):
+    if recorded is not None and recorded != tensors_checksum(tensors):
         raise UnreadableFile("its tensors are not what was written", [])
-    return tensors, metadata
+    return tensors
 
 
 def tensors_checksum(tensors: StateDict) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(errors="surrogatepass"))
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The averaged weights of a checkpoint, under timm's names for them, or None."""
+    found = (checkpoint.get(name) for name in ("state_dict_ema", "model_ema"))
+    return next((weights for weights in found if isinstance(weights, dict) and weights), None)
 
 
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | Path = "checkpoint") -> StateDict:
@@ -114,12 +120,15 @@ def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | 
     Raises:
         UserError: If averaged weights are asked for and there are none, or there are no weights at all.
     """
-    ema = next((checkpoint[k] for k in ("state_dict_ema", "model_ema") if checkpoint.get(k)), None)
+    ema = averaged_weights(checkpoint)
     if use_ema and ema is None:
         raise UserError(f"{path} has no averaged weights; leave out --use-ema.")
     plain = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     state = plain if ema is None or use_ema is False else ema
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    )
+    if not named or not state:
         raise UserError(f"{path} holds no weights: expected a dictionary of tensors, or one under 'state_dict'.")
     return clean_state_dict(state)
 
@@ -145,6 +154,17 @@ def _our_modules() -> set[str]:
     import vip.models
 
     return {Path(str(f)).stem for f in Path(vip.models.__file__).parent.glob("*.py")}
+
+
+def count_classes(name: str, state_dict: StateDict) -> int | None:
+    """The classes of the head in the weights of a model that timm knows by `name`, None where they are not told."""
+    cfg = timm.get_pretrained_cfg(name)
+    classifiers = cfg.classifier if cfg is not None and cfg.classifier else ()
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        weight = state_dict.get(f"{classifier}.weight")
+        if weight is not None and weight.ndim:
+            return len(weight)
+    return None
 
 
 def check_model_name(name: str) -> None:
