@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from vip.errors import UserError
+
+LARGEST = 2**31  # whole numbers beyond count nothing that fits into memory, and not all libraries take them
 
 
 def option(
@@ -33,8 +36,8 @@ def option(
         const: Value of the flag when it is given without one.
         append: A list to which each use of the flag adds one value.
         count: Number of values of a list, any if None.
-        low: Lowest value allowed.
-        high: Highest value allowed.
+        low: Lowest value allowed; of whole numbers -`LARGEST` if None.
+        high: Highest value allowed; of whole numbers `LARGEST` if None.
     """
     metadata = dict(
         help=help,
@@ -55,7 +58,7 @@ def option(
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
-    """Base of option dataclasses, which checks that values are in range.
+    """Base of option dataclasses, which checks that numbers are finite and in range.
 
     Raises:
         UserError: If one is not.
@@ -63,12 +66,25 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            low, high, value = field.metadata["low"], field.metadata["high"], getattr(self, field.name)
+            value = getattr(self, field.name)
             for number in value if isinstance(value, list | tuple) else [value]:
-                if number is None or (low is None or number >= low) and (high is None or number <= high):
+                if not isinstance(number, int | float):
                     continue
-                expected = f"{low} to {high}" if high is not None else f"at least {low}"
-                raise UserError(f"--{field.name.replace('_', '-')} is {number}, expected {expected}.")
+                if expected := _expected(number, field.metadata["low"], field.metadata["high"]):
+                    raise UserError(f"--{field.name.replace('_', '-')} is {number}, expected {expected}.")
+
+
+def _expected(number: float, low: float | None, high: float | None) -> str:
+    """What was expected in the place of a number, empty if it is in range."""
+    if isinstance(number, float) and not math.isfinite(number):
+        return "a finite number"
+    limit = LARGEST if isinstance(number, int) else math.inf
+    least, most = -limit if low is None else low, limit if high is None else high
+    if least <= number <= most:
+        return ""
+    if number < least and most == limit:
+        return f"at least {least}"
+    return f"at most {most}" if number > most and least == -limit else f"{least} to {most}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,11 +2,15 @@
 
 import argparse
 import dataclasses
+import datetime
+import itertools
 import os
+import re
+import reprlib
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -17,9 +21,15 @@ from vip.options import nearest
 
 ConfigT = TypeVar("ConfigT")
 
+MOST_NODES = 100_000  # of a recipe, whose aliases would let a few lines stand for any number of values
+
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes as `UserError` and suggests the nearest flag."""
+    """Reports mistakes as `UserError`, suggests the nearest flag, and takes -1e-3 for a number and not for a flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d|-inf$")  # argparse's own knows no exponents
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise the mistake that argparse found."""
@@ -31,6 +41,16 @@ class Parser(argparse.ArgumentParser):
             else:
                 message += "; repeat the flag of several values, or quote a pattern"
         raise UserError(f"{message} (--help lists what there is)")
+
+
+class _ParseKwargs(ParseKwargs):
+    """timm's action, which leaves the check of its form to the caller."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if value and "=" not in value:
+                parser.error(f"argument {option_string}: {value!r} is not of the form NAME=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _WithoutEffect(argparse.Action):
@@ -69,7 +89,7 @@ def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
     elif kind is bool:
         group.add_argument(flag, *meta["flags"], action=argparse.BooleanOptionalAction, **options)
     elif kind is dict:
-        group.add_argument(flag, *meta["flags"], nargs="*", action=ParseKwargs, metavar="NAME=VALUE", **options)
+        group.add_argument(flag, *meta["flags"], nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", **options)
     else:
         if meta["append"]:
             options["action"] = "append"
@@ -116,25 +136,51 @@ def _convert(name: str, value: Any, field: dataclasses.Field, annotation: Any) -
     values = value if is_list and isinstance(value, list) else [value]
     count = field.metadata["count"]
     try:
-        if kind is dict or kind is bool:
-            converted = [v for v in values if isinstance(v, kind)]
-            if len(converted) != len(values):
-                raise ValueError
-        else:
-            if any(isinstance(v, bool | dict | list) for v in values):
-                raise ValueError
-            converted = [kind(v) for v in values]  # YAML reads 1e-3 as a string
-            if kind is int and any(isinstance(v, float) and v != int(v) for v in values):
-                raise ValueError
-        if count not in (None, len(values)):
+        converted = [_convert_scalar(v, kind) for v in values]
+        if count not in (None, len(values)) or not (values or field.metadata["append"]):
             raise ValueError
     except (ValueError, OverflowError) as e:
         expected = f"{count or 'a list of'} {kind.__name__} values" if is_list else kind.__name__
-        raise UserError(f"{name} is {value!r}, expected {expected}.") from e
+        raise UserError(f"{name} is {reprlib.repr(value)}, expected {expected}.") from e
     choices = field.metadata["choices"]
     if choices and any(v not in choices for v in converted):
-        raise UserError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}.")
+        raise UserError(f"{name} is {reprlib.repr(value)}, expected one of {', '.join(map(repr, choices))}.")
     return converted if is_list else converted[0]
+
+
+def _convert_scalar(value: Any, kind: Any) -> Any:
+    """A YAML value as the type of an option; raises ValueError if it is of another."""
+    if kind is dict or kind is bool:
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
+    texts = (datetime.date,) if kind is str else ()  # as which YAML reads a run's name such as 2024-01-31
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, *texts)):
+        raise ValueError
+    converted = kind(value)  # YAML reads 1e-3 as a string
+    if (kind is int and isinstance(value, float) and value != converted) or (kind is str and "\0" in converted):
+        raise ValueError
+    return converted
+
+
+def _load_yaml(file: Any) -> Any:
+    """What `yaml.safe_load` gives, `{}` for nothing, unless aliases make it more than `MOST_NODES` values."""
+    loader = yaml.SafeLoader(file)
+    try:
+        document = loader.get_single_node()
+        if next(itertools.islice(_nodes(document), MOST_NODES, None), None) is not None:
+            raise ValueError(f"it holds more than {MOST_NODES} values, with those that aliases repeat")
+        return (loader.construct_document(document) if document else None) or {}
+    finally:
+        loader.dispose()
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    """A node of a YAML document and all within it, at every place where it appears."""
+    yield node
+    if isinstance(node, yaml.CollectionNode):
+        for child in itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value:
+            yield from _nodes(child)
 
 
 def read_recipe(path: str, config_class: type, without_effect: Mapping[str, str] = types.MappingProxyType({})) -> dict:
@@ -145,11 +191,14 @@ def read_recipe(path: str, config_class: type, without_effect: Mapping[str, str]
     """
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
+            content = _load_yaml(file)
     except OSError as e:
         raise UserError(f"Cannot read the recipe {path}: {e.strerror}.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"The recipe {path} is not YAML: {' '.join(str(e).split())}") from e
+    except RecursionError as e:
+        raise UserError(f"The recipe {path} is nested too deeply, expected a mapping of option to value.") from e
+    # what a tag promises and a value does not keep, such as a month 13, fails in many ways
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as e:
+        raise UserError(f"The recipe {path} is not YAML: {' '.join(str(e).split())[:300]}") from e
     if not isinstance(content, dict):
         raise UserError(f"The recipe {path} holds a {type(content).__name__}, expected a mapping of option to value.")
     hints = typing.get_type_hints(config_class)
@@ -185,7 +234,7 @@ def parse(
     """
     given = vars(build_parser(config_class, prog, without_effect).parse_intermixed_args(argv))
     recipe = given.pop("config", None)
-    if recipe:
+    if recipe is not None:
         read = read_recipe(recipe, config_class, without_effect)
         for alternatives in getattr(config_class, "alternatives", ()):
             if alternatives & given.keys():
