@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from vip.options import Options, option
 
+IMAGE_MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")  # of PIL's those with 8 bits a channel
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -18,7 +19,9 @@ class DatasetConfig(Options):
     class_map: str = option("", "text file that maps class names to indices", metavar="FILE")
     input_key: str | None = option(None, "name of the image column, for data sets with named columns")
     target_key: str | None = option(None, "name of the label column, for data sets with named columns")
-    input_img_mode: str | None = option(None, "PIL mode images are converted to (default: RGB, or L for one channel)")
+    input_img_mode: str | None = option(
+        None, "PIL mode images are converted to (default: RGB, or L for one channel)", choices=IMAGE_MODES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,10 +35,10 @@ class InputConfig(Options):
     img_size: int | None = option(None, "height and width of the image", metavar="N", low=1)
     input_size: list[int] | None = option(None, "channels, height and width of the image", metavar="N", count=3, low=1)
     in_chans: int | None = option(None, "image channels", metavar="N", low=1)
-    crop_pct: float | None = option(None, "share of the image that the validation crop covers", low=0.01)
+    crop_pct: float | None = option(None, "share of the image that the validation crop covers", low=0.01, high=2)
     crop_mode: str | None = option(None, "validation crop", choices=("squash", "border", "center"))
-    mean: list[float] | None = option(None, "mean of each channel")
-    std: list[float] | None = option(None, "standard deviation of each channel", low=1e-06)
+    mean: list[float] | None = option(None, "mean of each channel, of values from 0 to 1", low=0, high=1)
+    std: list[float] | None = option(None, "standard deviation of each channel", low=1e-06, high=1)
     interpolation: str = option("", "resizing of validation images", choices=("", *INTERPOLATIONS))
 
 
@@ -66,11 +69,13 @@ class AugmentationConfig(Options):
     grayscale_prob: float = option(0.0, "probability of a gray image", low=0, high=1)
     gaussian_blur_prob: float = option(0.0, "probability of a Gaussian blur", low=0, high=1)
     aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment, RandAugment or AugMix policy; 'none' for none")
-    aug_repeats: float = option(0.0, "repeated augmentation: views of an image in one epoch", low=0)
-    aug_splits: int = option(0, "augmentation splits of a batch, 0 or at least 2")
+    aug_repeats: float = option(
+        0.0, "repeated augmentation: views of an image in one epoch, 0 or at least 1", low=0, high=1000
+    )
+    aug_splits: int = option(0, "augmentation splits of a batch, 0 or at least 2", low=0, high=100)
     reprob: float = option(0.25, "probability of random erasing", low=0, high=1)
     remode: str = option("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
-    recount: int = option(1, "erased regions of an image", low=1)
+    recount: int = option(1, "erased regions of an image", low=1, high=1000)
     resplit: bool = option(False, "do not erase in the first augmentation split")
     mixup: float = option(0.8, "mixup alpha, 0 for none", low=0)
     cutmix: float = option(1.0, "CutMix alpha, 0 for none", low=0)
@@ -80,7 +85,7 @@ class AugmentationConfig(Options):
     mixup_prob: float = option(1.0, "probability of mixup or CutMix", low=0, high=1)
     mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup", low=0, high=1)
     mixup_mode: str = option("batch", "what shares one mixup parameter", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N")
+    mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N", low=0)
     train_interpolation: str = option(
         "random", "resizing of training images; random picks bilinear or bicubic", choices=("random", *INTERPOLATIONS)
     )

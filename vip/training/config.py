@@ -64,14 +64,16 @@ class RegularizationConfig(Options):
     jsd_loss: bool = option(False, "Jensen-Shannon loss over augmentation splits, with --aug-splits", "--jsd")
     bce_loss: bool = option(False, "binary cross-entropy instead of cross-entropy")
     bce_sum: bool = option(False, "sum the binary cross-entropy over classes")
-    bce_target_thresh: float | None = option(None, "binarize mixed targets at this value, with --bce-loss")
+    bce_target_thresh: float | None = option(
+        None, "binarize mixed targets at this value, with --bce-loss", low=0, high=1
+    )
     drop: float | None = option(None, "dropout before the head", low=0, high=0.999)
     drop_path: float | None = option(0.1, "stochastic depth", low=0, high=0.999)
     drop_connect: float | None = option(None, "old name of --drop-path", low=0, high=0.999)
     drop_block: float | None = option(None, "drop-block rate, for models that have it", low=0, high=0.999)
     bn_tf: bool = option(False, "TensorFlow's BatchNorm momentum and epsilon")
-    bn_momentum: float | None = option(None, "BatchNorm momentum")
-    bn_eps: float | None = option(None, "BatchNorm epsilon")
+    bn_momentum: float | None = option(None, "BatchNorm momentum", low=0, high=1)
+    bn_eps: float | None = option(None, "BatchNorm epsilon", low=0)
     sync_bn: bool = option(False, "synchronize BatchNorm across processes")
     dist_bn: str = option(
         "",
@@ -87,7 +89,7 @@ class OptimizerConfig(Options):
     opt: str = option("adamw", "optimizer: any name timm knows, fused* ones by Apex")
     opt_eps: float | None = option(None, "epsilon of the optimizer", low=0)
     opt_betas: list[float] | None = option(None, "betas of the optimizer", low=0, high=1)
-    momentum: float = option(0.9, "momentum, for optimizers that have it")
+    momentum: float = option(0.9, "momentum, for optimizers that have it", low=0, high=1)
     weight_decay: float = option(0.05, "weight decay", "--wd", low=0)
     layer_decay: float | None = option(
         None, "learning rate factor from each layer to the one before", low=0.001, high=1
@@ -111,16 +113,16 @@ class ScheduleConfig(Options):
     lr_base: float | None = option(None, "instead of --lr: the rate at --lr-base-size images an update", low=0)
     lr_base_size: int = option(256, "images an update that --lr-base is for", low=1)
     lr_noise: list[float] | None = option(None, "on and off points of learning rate noise, as shares of the schedule")
-    lr_noise_pct: float = option(0.67, "limit of the noise")
-    lr_noise_std: float = option(1.0, "standard deviation of the noise")
-    lr_cycle_mul: float = option(1.0, "growth of the cycle length")
-    lr_cycle_decay: float = option(0.5, "decay of the learning rate from cycle to cycle")
-    lr_cycle_limit: int = option(1, "number of cycles")
-    lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
+    lr_noise_pct: float = option(0.67, "limit of the noise, as share of the rate", low=0.01, high=1)
+    lr_noise_std: float = option(1.0, "standard deviation of the noise", low=0, high=10)
+    lr_cycle_mul: float = option(1.0, "growth of the cycle length", low=1, high=10)
+    lr_cycle_decay: float = option(0.5, "decay of the learning rate from cycle to cycle", low=0, high=1)
+    lr_cycle_limit: int = option(1, "number of cycles", low=1, high=100)
+    lr_k_decay: float = option(1.0, "k-decay of cosine and poly", low=0, high=10)
     warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", low=0)
     min_lr: float = option(1e-5, "lowest learning rate", low=0)
     epochs: int = option(300, "epochs, without cool-down", metavar="N", low=1)
-    epoch_repeats: float = option(0.0, "passes over the data in one epoch, for streamed data sets that can")
+    epoch_repeats: float = option(0.0, "passes over the data in one epoch, for streamed data sets that can", low=0)
     start_epoch: int | None = option(None, "epoch to start at", metavar="N", low=0)
     decay_milestones: list[int] = option([90, 180, 270], "epochs at which multistep decays")
     decay_epochs: float = option(
@@ -129,8 +131,8 @@ class ScheduleConfig(Options):
     warmup_epochs: int = option(10, "epochs of warm-up", metavar="N", low=0)
     warmup_prefix: bool = option(False, "warm-up epochs do not count as --epochs")
     cooldown_epochs: int = option(10, "epochs at the lowest rate after the schedule", metavar="N", low=0)
-    patience_epochs: int = option(10, "epochs without improvement before plateau decays", metavar="N")
-    decay_rate: float = option(0.1, "factor of a decay", "--dr")
+    patience_epochs: int = option(10, "epochs without improvement before plateau decays", metavar="N", low=0)
+    decay_rate: float = option(0.1, "factor of a decay, power of poly", "--dr", low=0, high=10)
 
 
 @dataclass(kw_only=True)
@@ -149,8 +151,12 @@ class RunConfig(Options):
 
     train_split: str = option("train", "training split")
     val_split: str = option("validation", "validation split")
-    train_num_samples: int | None = option(None, "images of the training split, for streamed data sets")
-    val_num_samples: int | None = option(None, "images of the validation split, for streamed data sets")
+    train_num_samples: int | None = option(
+        None, "images of the training split, for streamed data sets", low=1, high=2**63 - 1
+    )
+    val_num_samples: int | None = option(
+        None, "images of the validation split, for streamed data sets", low=1, high=2**63 - 1
+    )
     batch_size: int = option(64, "batch of one process", "-b", "--b", metavar="N", low=1)
     validation_batch_size_multiplier: int = option(1, "validation batch over training batch", "-vb", metavar="N", low=1)
     validation_batch_size: int | None = option(None, "validation batch of one process", metavar="N", low=1)
@@ -224,7 +230,7 @@ class EvaluationConfig(LoaderConfig, InputConfig, PrecisionConfig, ModelConfig, 
     alternatives = ({"data", "data_dir"}, {"img_size", "input_size"}, {"amp", "native_amp", "apex_amp"})
 
     batch_size: int = option(256, "batch size", "-b", metavar="N", low=1)
-    workers: int = option(4, "loader processes", "-j", metavar="N")
+    workers: int = option(4, "loader processes", "-j", metavar="N", low=0)
     use_ema: bool | None = option(None, "use the averaged weights (default: where the checkpoint has them)")
     tf_preprocessing: bool = option(False, "TensorFlow's preprocessing, needs tensorflow")
     seed: int = option(42, "seed", low=0, high=2**31)
@@ -239,7 +245,7 @@ class ValidateConfig(EvaluationConfig):
         [], "a checkpoint, a folder of a run, or a quoted glob pattern; may be repeated", metavar="PATH", append=True
     )
     split: str = option("validation", "split to validate on")
-    num_samples: int | None = option(None, "images of the split, for streamed data sets")
+    num_samples: int | None = option(None, "images of the split, for streamed data sets", low=1, high=2**63 - 1)
     real_labels: str = option("", "ImageNet ReaL labels, any of which is right", metavar="FILE")
     valid_labels: str = option("", "only these class indices can be predicted, one a line", metavar="FILE")
     tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
