@@ -65,8 +65,10 @@ def create_train_transform(config: Any, data_config: dict[str, Any]) -> Any:
         data_config: What timm resolved for the model.
 
     Raises:
-        UserError: If the augmentation policy is unknown.
+        UserError: If the augmentation policy is unknown, or cannot treat the images or use the interpolation.
     """
+    if not config.no_aug and _policy(config):
+        _check_policy(config)
     try:
         return _create_transform(config, data_config)
     except (AssertionError, KeyError, ValueError, IndexError) as e:
@@ -74,6 +76,25 @@ def create_train_transform(config: Any, data_config: dict[str, Any]) -> Any:
             f"--aa {config.aa} is no augmentation policy timm knows ({type(e).__name__} {e}); try "
             "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, 3a, or none."
         ) from e
+
+
+def _policy(config: AugmentationConfig) -> str | None:
+    return None if config.aa in (None, "", "none") else config.aa
+
+
+def _check_policy(config: Any) -> None:
+    """Refuse what would fail only in the middle of an epoch, when an operation is drawn that Pillow cannot do."""
+    mode, interpolation = config.input_img_mode or "RGB", config.train_interpolation
+    if mode not in ("L", "RGB"):
+        raise UserError(
+            f"--aa {config.aa} has operations for RGB and gray images alone, not for --input-img-mode {mode}: add "
+            "--aa none."
+        )
+    if interpolation not in ("random", "nearest", "bilinear", "bicubic") and not config.aa.startswith("3a"):
+        raise UserError(
+            f"--aa {config.aa} rotates and shears, which --train-interpolation {interpolation} cannot: use random, "
+            "nearest, bilinear or bicubic, or --aa none."
+        )
 
 
 def _create_transform(config: Any, data_config: dict[str, Any]) -> Any:
@@ -90,7 +111,7 @@ def _create_transform(config: Any, data_config: dict[str, Any]) -> Any:
         color_jitter_prob=config.color_jitter_prob,
         grayscale_prob=config.grayscale_prob,
         gaussian_blur_prob=config.gaussian_blur_prob,
-        auto_augment=None if config.aa in (None, "", "none") else config.aa,
+        auto_augment=_policy(config),
         interpolation=data_config["interpolation"] if config.no_aug else config.train_interpolation,
         mean=data_config["mean"],
         std=data_config["std"],

@@ -20,6 +20,19 @@ from vip.training.weights import check_model_name
 
 _logger = logging.getLogger(__name__)
 
+# what models raise at arguments that they cannot take
+_MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_MODEL_OPTIONS = ("model_kwargs", "gp", "img_size", "input_size", "in_chans", "num_classes", "drop", "drop_block")
+
 
 def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Module:
     """Create a model by name through timm.
@@ -36,7 +49,7 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
     check_model_name(config.model)
     if config.fast_norm:
         set_fast_norm()
-    kwargs = {"num_classes": num_classes, "global_pool": config.gp, **kwargs, **config.model_kwargs}
+    kwargs = {"num_classes": num_classes, "global_pool": config.gp or None, **kwargs, **config.model_kwargs}
     try:
         args = resolve_model_input_args(
             config.model,
@@ -46,8 +59,11 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
             **kwargs,
         )
         return timm.create_model(**args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as e:
-        raise UserError(f"Cannot create {config.model}: {str(e).strip()}") from e
+    except _MODEL_ERRORS as e:
+        reason = str(e).strip().split("\n")[0].rstrip(".") or type(e).__name__
+        given = [name for name in _MODEL_OPTIONS if getattr(config, name, None) not in (None, {})]
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"Cannot create {config.model}: {reason}.{f' It was given {flags}.' if given else ''}") from e
 
 
 def _requested_input(config: InputConfig) -> dict[str, Any]:
@@ -67,7 +83,7 @@ def resolve_data_config(model: nn.Module, config: InputConfig) -> dict[str, Any]
     try:
         return resolve_input_data_config(model, wanted)
     except (ValueError, AssertionError) as e:
-        raise UserError(str(e)) from e
+        raise UserError(f"{e} See --mean, --std, --input-size, --img-size and --in-chans.") from e
 
 
 def create_training_model(config: TrainConfig, num_classes: int | None) -> nn.Module:
@@ -130,7 +146,7 @@ def create_criterion(config: TrainConfig) -> nn.Module:
             jsd_splits=config.aug_splits,
         )
     except ValueError as e:
-        raise UserError(f"{e} See --jsd-loss, --bce-loss and --aug-splits.") from e
+        raise UserError(f"{e} See --jsd-loss, --aug-splits, --bce-loss, --bce-sum and --bce-target-thresh.") from e
 
 
 def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:

@@ -182,7 +182,10 @@ def _check_maps_there(root: Path, record: MapRecord | None, shape: tuple[int, ..
 
 def _open_writer(config: GenerateConfig, images: IndexedImages, annotator: Annotator, runtime: Runtime) -> Writer:
     root = Path(str(config.token_label_root))
-    lowest = next(path for path in (root, *root.parents) if path.exists())
+    try:
+        lowest = next(path for path in (root, *root.parents) if path.exists())
+    except OSError as e:  # such as a name that is too long
+        raise UserError(f"Cannot write to {root} ({e.strerror}); name another folder.") from e
     if not lowest.is_dir():
         raise UserError(f"{lowest} is a file, expected a folder to write label maps to.")
     source = getattr(images.reader, "root", None)

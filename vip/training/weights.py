@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: If there is none.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         for name in ("model_best.pth.tar", "last.pth.tar"):
             if (path / name).is_file():
                 return path / name
@@ -41,7 +42,7 @@ def find_checkpoint(path: str | Path) -> Path:
             return files[0]
         found = f"{len(files)} checkpoints to choose from" if files else "no checkpoint"
         raise UserError(f"The folder {path} holds {found} and no model_best.pth.tar; name the file.")
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is false as well for what can be no path, where that of pathlib raises
         raise UserError(f"There is no checkpoint at {path}.")
     return path
 
@@ -171,10 +172,18 @@ def check_model_name(name: str) -> None:
     """Refuse a name timm does not know, with the nearest ones it does.
 
     Raises:
-        UserError: If the model is unknown.
+        UserError: If the model is unknown, or its weights after the dot.
     """
-    if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name.partition(".")[0]):
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return
+    model, _, weights = name.partition(".")
+    if not timm.is_model(model):
         raise UserError(f"No model is called {name!r}.{nearest(name, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as e:
+        known = timm.list_models(f"{model}.*", pretrained=True)
+        raise UserError(f"{model} has no weights called {weights!r}.{nearest(name, known)}") from e
 
 
 def filter_for(model: nn.Module, state_dict: StateDict) -> StateDict:
