@@ -445,8 +445,16 @@ def _check(config: TrainConfig) -> None:
         raise UserError("--dense-weight and --cls-weight are both 0: nothing would be learned.")
     if config.mixup_active and config.aug_splits > 1:
         raise UserError("--aug-splits does not go with mixup and CutMix: add --mixup 0 --cutmix 0.")
-    if config.aug_splits == 1 or config.aug_splits < 0:
+    if config.aug_splits == 1:
         raise UserError(f"--aug-splits is {config.aug_splits}, expected 0 or at least 2.")
+    if 0 < config.aug_repeats < 1:
+        raise UserError(f"--aug-repeats is {config.aug_repeats}, expected 0 or at least 1.")
+    if config.lr_noise is not None and len(config.lr_noise) > 2:
+        raise UserError(f"--lr-noise has {len(config.lr_noise)} numbers, expected one or two.")
+    if config.decay_rate > 1 and config.sched in ("step", "multistep", "plateau"):
+        raise UserError(f"--decay-rate is {config.decay_rate}, expected at most 1 with --sched {config.sched}.")
+    if config.torchscript and config.torchcompile:
+        raise UserError("--torchscript does not go with --torchcompile: give one.")
     for name in ("scale", "ratio"):
         low, high = getattr(config, name)
         if low > high:
