@@ -32,6 +32,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def save(content: Any, path: str | Path) -> None:
+    """What `torch.save` writes, whole or not there.
+
+    Raises:
+        OSError: If it cannot be written; what was at `path` is untouched then.
+    """
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as e:  # torch's own, about positions in the file, hides the file system's
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+
 class UnreadableFile(Exception):
     """A file that cannot be read; the message is the reason.
 

@@ -35,9 +35,8 @@ def main(argv: list[str]) -> int:
     convert = pack if args.action == "pack" else unpack
     try:
         count = convert(args.source, args.target, progress)
-    except RuntimeError as e:  # as which torch reports a full disk
-        reason = str(e).splitlines()[0]
-        raise UserError(f"Cannot write to {args.target} ({reason}); make room, or name another folder.") from e
+    except OSError as e:
+        raise UserError(f"Cannot write to {args.target} ({e.strerror}); make room, or name another folder.") from e
     print(f"{count} label maps written to {args.target}")
     return 0
 

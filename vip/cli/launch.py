@@ -12,6 +12,8 @@ from torch.distributed.run import main as torchrun
 from vip.training.recovery import REQUEUE
 
 if __name__ == "__main__":
+    # restarted processes must not find the addresses of dead ones (github.com/pytorch/pytorch/issues/135712)
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report of what we report below
     if hasattr(signal, "SIGUSR1"):  # torchrun would die of it, and leave its processes alone
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

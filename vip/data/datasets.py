@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from vip.data.config import DatasetConfig
 from vip.data.images import UnreadableImage, decode_image
@@ -38,6 +38,9 @@ _SPLIT_FOLDERS = {
 }
 
 
+_MOST_WORKERS = 1024  # of which the files being read are known
+
+
 class ReadableImageDataset(ImageDataset):
     """timm's `ImageDataset` that survives unreadable images, names each once and stops at a limit.
 
@@ -61,6 +64,7 @@ class ReadableImageDataset(ImageDataset):
         self.is_training = is_training
         self.max_bad_images = max_bad_images
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # one table for all workers
+        self.reading = torch.full((_MOST_WORKERS, 2), -1).share_memory_()  # process and image of each worker
 
     def _skip(self, index: int, reason: Exception) -> None:
         if self.unreadable[index]:
@@ -75,8 +79,11 @@ class ReadableImageDataset(ImageDataset):
         _logger.warning(f"Skipping unreadable image {self.filename(index)}: {reason} ({count} so far)")
 
     def __getitem__(self, index: int) -> tuple[Any, Any] | None:
+        worker = get_worker_info()
+        note = self.reading.numpy()[worker.id % _MOST_WORKERS] if worker is not None else [0, 0]
         for i in range(len(self)):
             sample = (index + i) % len(self)
+            note[:] = os.getpid(), sample
             try:
                 file, target = self.reader[sample]
                 with file:
@@ -88,8 +95,14 @@ class ReadableImageDataset(ImageDataset):
                 return None
             if self.target_transform is not None:
                 target = self.target_transform(target)
-            return self.make_sample(sample, image, target)
+            made = self.make_sample(sample, image, target)
+            note[:] = -1, -1
+            return made
         raise AssertionError("unreachable: _skip raises when every image is unreadable")
+
+    def files_being_read(self) -> dict[int, str]:
+        """The file that each loader process is reading, by the number of the process."""
+        return {pid: str(self.filename(index)) for pid, index in self.reading.tolist() if pid >= 0}
 
     def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, Any]:
         """Make the sample of a decoded image."""

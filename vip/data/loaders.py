@@ -6,8 +6,11 @@ processes (so two processes at batch 16 see what one sees at 32), and evaluation
 
 import logging
 import os
+import re
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -156,6 +159,7 @@ def _worker_options(config: LoaderConfig) -> dict[str, Any]:
         pin_memory=config.pin_mem,
         persistent_workers=config.workers > 0,
         worker_init_fn=_outlive_the_first_signal,
+        timeout=config.loader_timeout if config.workers else 0,
     )
 
 
@@ -175,6 +179,45 @@ def _outlive_the_first_signal(worker: int) -> None:
     signal.signal(signal.SIGTERM, on_sigterm)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@contextmanager
+def naming_lost_workers(rank: int, *datasets: Any) -> Iterator[None]:
+    """Say which file was being read when a loader process died, or none gave a batch in time.
+
+    Args:
+        rank: Index of this process.
+        *datasets: The data sets that are read.
+
+    Raises:
+        UserError: If that happened.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if "DataLoader" not in str(e):
+            raise
+        files = {pid: file for data in datasets for pid, file in getattr(data, "files_being_read", dict)().items()}
+        if "timed out" in str(e):
+            _kill(files)
+            what = f"Process {rank} had no batch for --loader-timeout seconds"
+            advice = "Look at the disk and these files, or allow more."
+        else:
+            died = {int(number) for number in re.findall(r"\d+", str(e).partition("pid")[2].partition(")")[0])}
+            files = {pid: file for pid, file in files.items() if pid in died}
+            what = f"Process {rank} lost a loader process ({str(e).partition(') ')[2].strip(' .') or 'it died'})"
+            advice = "If it ran out of memory, use fewer --workers."
+        read = "; ".join(f"loader process {pid} was reading {file}" for pid, file in list(files.items())[:5])
+        raise UserError(f"{what}: {read or 'no file was being read'}. {advice}") from e
+
+
+def _kill(workers: Iterable[int]) -> None:
+    """End loader processes that may hang in a system call, and would hang the end of this process."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise another error for each
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
 
 
 def create_eval_loader(

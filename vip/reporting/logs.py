@@ -30,9 +30,8 @@ class _LogFile(logging.FileHandler):
         """Say so once, where logging would print a traceback for every line."""
         if not self.failed:
             self.failed = True
-            print(
-                f"Cannot write {self.baseFilename} ({sys.exc_info()[1]}); the log goes on here alone.", file=sys.stderr
-            )
+            with suppress(OSError):  # standard error may be a file on the same disk
+                print(f"Cannot write {self.baseFilename}: {sys.exc_info()[1]}; it misses lines.", file=sys.stderr)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from vip.errors import UserError
-from vip.files import UnreadableFile, load_without_code, replacing
+from vip.files import UnreadableFile, load_without_code, replacing, save
 from vip.token_labels.geometry import Region
 
 RECORD = "label_maps.json"
@@ -179,8 +179,7 @@ def write_map(path: Path, label_map: LabelMap) -> None:
     """
     assert int(label_map.indices.max()) <= EXACT_CLASSES, "float16 cannot hold these indices"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        torch.save(torch.stack((label_map.values.half(), label_map.indices.half())), unfinished)
+    save(torch.stack((label_map.values.half(), label_map.indices.half())), path)
 
 
 def map_key(filename: str) -> str:

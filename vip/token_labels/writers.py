@@ -56,14 +56,13 @@ class FolderWriter:
         try:
             for write in writes:
                 write.result()
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        except OSError as e:
             raise _cannot_write(self.root, e) from e
         writes.clear()
 
 
-def _cannot_write(root: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(f"Cannot write label maps to {root} ({reason}); once it can be, repeat the command to go on.")
+def _cannot_write(root: Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write label maps to {root} ({error.strerror}); once it can be, repeat the command to go on.")
 
 
 class PackedWriter:

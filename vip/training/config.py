@@ -174,6 +174,7 @@ class RunConfig(Options):
     eval_metric: str = option("top1", "metric that picks the best checkpoint", choices=("top1", "top5", "loss"))
     tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
     dist_backend: str | None = option(None, "torch.distributed backend (default: nccl on GPUs, gloo on CPUs)")
+    dist_timeout: float = option(1800.0, "seconds to wait for another process that hangs", metavar="X", low=1)
     log_tensorboard: bool = option(False, "write TensorBoard files into the run's folder")
     log_wandb: bool = option(False, "log to Weights & Biases")
     wandb_project: str | None = option(None, "Weights & Biases project")

@@ -162,6 +162,7 @@ def train_one_epoch(
     losses = LossLog(runtime, state.epoch, state.loss_sum, state.batch)
     batches, accum = state.batch + len(loader), config.grad_accum_steps
     for i, (images, target) in enumerate(loader, state.batch):
+        state.batch = i
         # what a step draws is a function of its place, so that no generator has a state to keep
         seed_generators(derive_seed(config.seed, state.epoch, STEP, i, runtime.rank))
         images, target = images.to(runtime.device, non_blocking=True), target.to(runtime.device, non_blocking=True)

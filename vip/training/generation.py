@@ -15,7 +15,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from vip.data.datasets import ReadableImageDataset, class_to_idx, create_split, training_split, unreadable_files
-from vip.data.loaders import create_eval_loader
+from vip.data.loaders import create_eval_loader, naming_lost_workers
 from vip.errors import UserError
 from vip.reporting.logs import setup_logging
 from vip.reporting.progress import ProgressBar
@@ -35,7 +35,15 @@ from vip.token_labels.writers import FolderWriter, Labelled, PackedWriter, Write
 from vip.training.config import GenerateConfig
 from vip.training.engine import gather_metrics
 from vip.training.factory import check_compile_backend, resolve_data_config
-from vip.training.runtime import Precision, Runtime, all_reduce_sum, leave_together, setup_precision, setup_runtime
+from vip.training.runtime import (
+    Precision,
+    Runtime,
+    all_reduce_sum,
+    leave_together,
+    naming_lost_processes,
+    setup_precision,
+    setup_runtime,
+)
 from vip.training.validation import check_classes, load_model
 
 _logger = logging.getLogger(__name__)
@@ -74,7 +82,8 @@ def generate_labels(config: GenerateConfig, given: set[str]) -> None:
     precision = setup_precision(config, runtime.device)
     if precision.apex_amp is not None:
         precision.apex_amp.initialize(model, opt_level="O1")  # patches the model in place
-    _annotate(annotator, images, writer, config, data_config, runtime, precision)
+    with naming_lost_processes(runtime, lambda: "the annotation"), naming_lost_workers(runtime.rank, images):
+        _annotate(annotator, images, writer, config, data_config, runtime, precision)
     leave_together(runtime)
 
 

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -28,19 +29,22 @@ class RecoveryPoints:
         interval: Batches between saves, 0 for none.
         minutes: Minutes between saves, 0 for none.
         runtime: This process among the others.
+        timeout: Seconds to wait for their votes.
 
     Attributes:
         leaving: Name of the signal that told one of the processes to leave, once all of them know.
     """
 
-    def __init__(self, interval: int, minutes: float, runtime: Runtime) -> None:
+    def __init__(self, interval: int, minutes: float, runtime: Runtime, timeout: float = 1800) -> None:
         self.interval, self.minutes, self.runtime = interval, minutes, runtime
         self.leaving = ""
         self.caught = 0  # index in SIGNALS, from 1
         self.saved_at, self.saved_batch = time.monotonic(), 0
         self.vote: tuple[torch.Tensor, Any] | None = None
         # votes are of numbers on the host, and must not wait for a GPU
-        self.group: Any = dist.new_group(backend="gloo") if runtime.distributed else None
+        self.group: Any = None
+        if runtime.distributed:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def __enter__(self) -> "RecoveryPoints":
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]

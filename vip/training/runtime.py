@@ -3,11 +3,13 @@
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.utils import ApexScaler, NativeScaler
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import is_distributed_env, world_info_from_env
 
 from vip.errors import UserError
 from vip.training.config import PrecisionConfig
@@ -31,6 +33,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    roll_call: Any = None  # process group that is used when the others have failed
 
     @property
     def distributed(self) -> bool:
@@ -43,36 +46,107 @@ class Runtime:
         return self.rank == 0
 
 
-def setup_runtime(device: str | None = None, dist_backend: str | None = None, workers: int = 0) -> Runtime:
+def setup_runtime(
+    device: str | None = None, dist_backend: str | None = None, workers: int = 0, dist_timeout: float = 1800
+) -> Runtime:
     """Pick the device and join the process group that torchrun or Slurm set up, if any.
 
     Args:
         device: Device, CUDA where there is one if None.
         dist_backend: Backend of the process group, that of the device if None.
         workers: Loader processes, which on a CPU get cores of their own.
+        dist_timeout: Seconds to wait for another process before the run ends.
 
     Raises:
-        UserError: If the device does not exist, or there are more processes than GPUs.
+        UserError: If the device does not exist, there are more processes than GPUs, or they do not find each other.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(device).type
+        chosen = torch.device(device)
     except RuntimeError as e:
         raise UserError(f"No device is called {device!r}; --device takes cpu, cuda, cuda:1, mps, ...") from e
+    kind = chosen.type
     if kind == "meta":
         raise UserError("--device meta has no memory to compute in; use cpu or cuda.")
+    local_rank, rank, world_size = world_info_from_env()
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: torch finds no GPU here; use --device cpu or install a driver.")
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
     if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         _leave_cores_to_workers(workers)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_launcher()
-    info = init_distributed_device_so(device, dist_backend)
-    return Runtime(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
+    if is_distributed_env() and kind != "cpu":
+        chosen = torch.device(kind, local_rank)
+    if chosen.index is not None and kind != "cpu":
+        torch.get_device_module(chosen).set_device(chosen)
+    if not is_distributed_env():
+        return Runtime(chosen)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size)
+    )  # Slurm names them otherwise
+    return Runtime(chosen, rank, local_rank, world_size, _join_processes(kind, dist_backend, dist_timeout))
+
+
+def _join_processes(kind: str, backend: str | None, seconds: float) -> Any:
+    """Join the others, and make the group of roll calls."""
+    # what a GPU waits for may take a little longer: it is the votes on the host whose failure Python can explain
+    timeout = timedelta(seconds=seconds + 60 * (kind != "cpu"))
+    try:
+        dist.init_process_group(backend or dist.get_default_backend_for_device(kind), timeout=timeout)
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+    except (dist.DistError, RuntimeError, ValueError) as e:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"Process {os.environ['RANK']} does not find the others at {where} ({str(e).splitlines()[0]}); start all "
+            "of them, and look at --dist-backend and the firewall."
+        ) from e
+
+
+_ROLL_CALL_SECONDS = 10
+_LOST_MESSAGES = (
+    "/gloo/",
+    "Application timeout",
+    "monitoredBarrier",
+)  # in torch's errors that have no type of their own
+
+
+@contextmanager
+def naming_lost_processes(runtime: Runtime, place: Callable[[], str]) -> Iterator[None]:
+    """Say which process does not answer when a collective has failed, in the words of the first that answers.
+
+    Args:
+        runtime: This process among the others.
+        place: Where this process is, such as 'epoch 3, batch 17'.
+
+    Raises:
+        UserError: If another process hangs or has ended.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and not any(text in str(e) for text in _LOST_MESSAGES):
+            raise
+        reason = str(e).splitlines()[0].partition("] ")
+        raise UserError(
+            f"Process {runtime.rank} lost the others in {place()}: {_call_roll(runtime)}. A process that hangs, as on "
+            "a disk that does not answer, can be given longer with --dist-timeout; one that ended has said why. What "
+            f"was saved is intact. ({reason[2] or reason[0]})"
+        ) from e
+
+
+def _call_roll(runtime: Runtime) -> str:
+    try:
+        dist.monitored_barrier(runtime.roll_call, timedelta(seconds=_ROLL_CALL_SECONDS), wait_all_ranks=True)
+    except RuntimeError as e:
+        missing = re.search(r"Ranks? ([\d, ]+) failed to pass", str(e))
+        if missing:
+            return f"process {missing[1]} of {runtime.world_size} does not answer"
+        return "process 0 does not answer" if "from rank 0" in str(e) else "one has ended"
+    return "all of them answer again"
 
 
 def _die_with_launcher() -> None:
@@ -157,7 +231,8 @@ def setup_precision(config: PrecisionConfig, device: torch.device) -> Precision:
 def leave_together(runtime: Runtime) -> None:
     """End the process group; a process that leaves while another still works can leave that one hanging."""
     if runtime.distributed:
-        dist.barrier()
+        with naming_lost_processes(runtime, lambda: "the end"):
+            dist.barrier()
         dist.destroy_process_group()
 
 

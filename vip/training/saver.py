@@ -21,7 +21,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from vip.errors import SaveError, UserError
-from vip.files import replacing
+from vip.files import replacing, save
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState
 from vip.training.weights import find_checkpoint, read_checkpoint
@@ -31,45 +31,54 @@ _logger = logging.getLogger(__name__)
 RECOVERY = "recovery.pth.tar"  # the state within an epoch
 
 
-def run_folder(config: TrainConfig, arch: str, image_size: tuple[int, ...]) -> Path:
+def run_folder(config: TrainConfig, arch: str, image_size: tuple[int, ...], resumed: str) -> Path:
     """The folder of a run: that of `--experiment`, that of the run it resumes, or a new one."""
     root = Path(config.output or "output/train")
     if config.experiment:
         return root / config.experiment
-    if config.resume and (folder := Path(resume_path(config)).parent / "args.yaml").exists():
+    if resumed and (folder := Path(resumed).parent / "args.yaml").exists():
         return folder.parent
     size = "x".join(str(s) for s in dict.fromkeys(image_size))
     return root / f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(arch)}-{size}"
 
 
-def resume_path(config: TrainConfig) -> str:
-    """The checkpoint to resume: of a folder the newest state; `auto`: of `--experiment`, if that run has begun.
+def find_state(config: TrainConfig) -> tuple[str, dict[str, Any]]:
+    """The checkpoint to resume and its content: of a folder the newest state; `auto`: of `--experiment`, if it began.
+
+    Returns:
+        Path and content, both empty where there is nothing to resume.
 
     Raises:
         UserError: If `auto` is given without `--experiment`, or there is no such checkpoint.
     """
-    if config.resume != "auto":
-        if not os.path.isdir(config.resume):
-            return str(find_checkpoint(config.resume)) if config.resume else ""
-        return _newest_state(Path(config.resume)) or str(find_checkpoint(config.resume))
-    if not config.experiment:
+    if not config.resume:
+        return "", {}
+    if config.resume == "auto" and not config.experiment:
         raise UserError("--resume auto looks in the folder of the run: name it with --experiment.")
-    return _newest_state(Path(config.output or "output/train") / config.experiment)
+    auto = config.resume == "auto"
+    path = Path(config.output or "output/train", config.experiment) if auto else Path(config.resume)
+    if path.is_dir():
+        found = _newest_state(path)
+        if found[0]:
+            return found
+    if auto:
+        return "", {}
+    path = find_checkpoint(path)
+    return str(path), read_checkpoint(path)
 
 
-def _newest_state(folder: Path) -> str:
+def _newest_state(folder: Path) -> tuple[str, dict[str, Any]]:
     """The newest checkpoint of a run that is whole, empty if the run has none yet."""
     names = [folder / RECOVERY, folder / "last.pth.tar", *folder.glob("checkpoint-*.pth.tar")]
     states = sorted((path for path in names if path.exists()), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in states:
         try:
-            read_checkpoint(str(path))
-            return str(path)
+            return str(path), read_checkpoint(path)
         except UserError as e:
             _logger.warning(f"{e} The state before it is taken.")
     if states:
         raise UserError(f"No checkpoint in {folder} can be read; begin the run again in another --experiment.")
-    return ""
+    return "", {}
 
 
 def refuse_existing_run(folder: Path) -> None:
@@ -84,13 +93,14 @@ def refuse_existing_run(folder: Path) -> None:
         )
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> IO[bytes]:
+def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int, patience: float = 30) -> IO[bytes]:
     """Create the folder of a run, keep other processes out of it, and write its `args.yaml`.
 
     Args:
         folder: Folder of the run.
         config: What `args.yaml` is to hold.
         needed_bytes: Room that the checkpoints will take.
+        patience: Seconds to wait for another process to leave the folder.
 
     Returns:
         An open file; while it is open, no other process trains in the folder.
@@ -101,7 +111,7 @@ def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> I
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")
-        _wait_for(lock, folder)
+        _wait_for(lock, folder, patience)
         for unfinished in folder.glob(".*.unfinished"):  # of a process that was killed
             unfinished.unlink(missing_ok=True)
         with replacing(folder / "args.yaml") as path:
@@ -117,7 +127,7 @@ def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int) -> I
     return lock
 
 
-def _wait_for(lock: IO[bytes], folder: Path, seconds: float = 30) -> None:
+def _wait_for(lock: IO[bytes], folder: Path, seconds: float) -> None:
     """Lock a file; a process that was told to leave may need a while to."""
     if sys.platform == "win32":
         return  # which has no such locks
@@ -242,9 +252,8 @@ class RunSaver(CheckpointSaver):
         def work() -> None:
             self.content = content
             try:
-                write()
-            except OSError as e:
-                raise SaveError(_unwritten(self.checkpoint_dir, e)) from e
+                with self._write_errors():
+                    write()
             finally:
                 self.content = {}
             _logger.debug(f"Saved after {what}: training waited {waited:.2f} s for {time.perf_counter() - start:.2f} s")
@@ -285,9 +294,18 @@ class RunSaver(CheckpointSaver):
         if self._checkpoint_path(epoch) not in [file for file, _ in self.checkpoint_files]:
             self.save_after_epoch(epoch, metric)
             self.wait()
-        elif self.best_epoch == epoch:
-            self._duplicate(self._checkpoint_path(epoch), str(Path(self.checkpoint_dir) / "model_best.pth.tar"))
-        self.recovery_path.unlink(missing_ok=True)
+        with self._write_errors():
+            if self.best_epoch == epoch:
+                self._duplicate(self._checkpoint_path(epoch), str(Path(self.checkpoint_dir) / "model_best.pth.tar"))
+            self.recovery_path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            reason = e.strerror or e
+            raise SaveError(f"Cannot save to {self.checkpoint_dir} ({reason}); what was saved before is intact.") from e
 
     def _state(self) -> dict[str, Any]:
         state = self.state
@@ -315,11 +333,7 @@ class RunSaver(CheckpointSaver):
         content = {"epoch": epoch, **self.content, "saver": self.state_dict(epoch, metric)}
         if metric is not None:
             content["metric"] = metric
-        try:
-            with replacing(save_path) as path:
-                torch.save(content, path)
-        except RuntimeError as e:  # as which torch reports a full disk
-            raise SaveError(_unwritten(save_path, e)) from e
+        save(content, save_path)
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)  # timm removes dst first, and a crash in between would lose it
@@ -331,8 +345,3 @@ class RunSaver(CheckpointSaver):
                 os.link(src, path)
             except OSError:  # file systems without hard links
                 shutil.copyfile(src, path)
-
-
-def _unwritten(path: str | Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return f"Cannot write {path} ({reason}); the checkpoints before it are intact."

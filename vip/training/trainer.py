@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -22,7 +23,7 @@ from torchvision.utils import save_image
 
 from vip.data.augmentation import create_mixup
 from vip.data.datasets import check_same_classes, class_to_idx, create_split, unreadable_files
-from vip.data.loaders import create_eval_loader, create_train_loader
+from vip.data.loaders import create_eval_loader, create_train_loader, naming_lost_workers
 from vip.data.order import EpochOrder
 from vip.errors import SaveError, UserError
 from vip.reporting.logs import log_to_file, setup_logging
@@ -42,14 +43,21 @@ from vip.training.factory import (
     resolve_data_config,
 )
 from vip.training.recovery import REQUEUE, Preempted, RecoveryPoints
-from vip.training.runtime import Runtime, allow_fast_kernels, leave_together, setup_precision, setup_runtime
+from vip.training.runtime import (
+    Runtime,
+    allow_fast_kernels,
+    leave_together,
+    naming_lost_processes,
+    setup_precision,
+    setup_runtime,
+)
 from vip.training.saver import (
     RunSaver,
     checkpoint_bytes,
+    find_state,
     load_scheduler_state,
     prepare_folder,
     refuse_existing_run,
-    resume_path,
     run_folder,
     save_errors,
 )
@@ -65,7 +73,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         UserError: For anything the user can mend.
     """
-    runtime = setup_runtime(config.device, config.dist_backend, config.workers)
+    runtime = setup_runtime(config.device, config.dist_backend, config.workers, config.dist_timeout)
     setup_logging(runtime.is_primary)
     try:
         _run(config, runtime)
@@ -83,11 +91,15 @@ def train(config: TrainConfig) -> None:
 
 
 def _run(config: TrainConfig, runtime: Runtime) -> None:
-    trainer = Trainer(config, runtime)
-    if config.eval_checkpoint:
-        trainer.validate_checkpoint(config.eval_checkpoint)
-    else:
-        trainer.fit()
+    with naming_lost_processes(runtime, lambda: "the set-up"):
+        trainer = Trainer(config, runtime)
+    state = trainer.state
+    workers = naming_lost_workers(runtime.rank, trainer.train_data, trainer.val_data)
+    with naming_lost_processes(runtime, lambda: f"epoch {state.epoch}, batch {state.batch + 1}"), workers:
+        if config.eval_checkpoint:
+            trainer.validate_checkpoint(config.eval_checkpoint)
+        else:
+            trainer.fit()
 
 
 class Trainer:
@@ -233,10 +245,10 @@ class Trainer:
         updates = -(-len(self.train_loader) // config.grad_accum_steps)
         scheduler, self.epochs = _create_scheduler(config, optimizer, updates)
         self.state = TrainState(task, optimizer, scheduler, precision)
-        self.resumed = resume_path(config)
+        self.resumed, checkpoint = self._find_state()
         self.first_sample = 0
         if self.resumed:
-            self.first_sample = resume(self.state, self.resumed, config, runtime.world_size)
+            self.first_sample = resume(self.state, checkpoint, self.resumed, config, runtime.world_size)
         if self.state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
             _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
             self.state.batch, self.state.loss_sum, self.state.samples_before = 0, 0.0, 0
@@ -252,13 +264,31 @@ class Trainer:
             elif config.sched != "plateau":
                 scheduler.step(self.state.epoch, scheduler.metric)
 
-        self.recovery = RecoveryPoints(config.recovery_interval, config.recovery_minutes, runtime)
+        self.recovery = RecoveryPoints(config.recovery_interval, config.recovery_minutes, runtime, config.dist_timeout)
         self.eval_model = model
         if config.torchcompile:
             self.eval_model = task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
         if runtime.distributed:
             device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
             task.prepare_distributed(device_ids=device_ids)
+
+    def _find_state(self) -> tuple[str, dict[str, Any]]:
+        """The state to continue, which the first process chooses: all have to continue the same one."""
+        found: tuple[str, dict[str, Any]] = ("", {})
+        if self.runtime.is_primary:
+            found = find_state(self.config)
+        if not self.runtime.distributed:
+            return found
+        path = [found[0]]
+        dist.broadcast_object_list(path)
+        if self.runtime.is_primary or not path[0]:
+            return found
+        if not Path(path[0]).exists():
+            raise UserError(
+                f"Process {self.runtime.rank} sees no {path[0]}, from which process 0 continues: --output has to be a "
+                "folder that all nodes share."
+            )
+        return path[0], read_checkpoint(path[0])
 
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
@@ -296,7 +326,7 @@ class Trainer:
             yield None
             return
         config, state = self.config, self.state
-        folder = run_folder(config, self.arch, self.data_config["input_size"][1:])
+        folder = run_folder(config, self.arch, self.data_config["input_size"][1:], self.resumed)
         args = dataclasses.asdict(config)
         recipe = {**args, "resume": "", "experiment": ""}  # for another run like this one
         kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 2  # and what is saved within an epoch
@@ -429,6 +459,11 @@ def _in_chans(config: TrainConfig) -> int:
 def _check(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     check_compile_backend(config.torchcompile)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.resume:
+        raise UserError(
+            "torchrun would begin the run anew where it restarts it: add --experiment NAME --resume auto, or leave out "
+            "--max-restarts (MAX_RESTARTS)."
+        )
     if config.mixup_active and config.batch_size % 2 and not config.token_label:
         raise UserError(
             f"Mixup and CutMix pair the images of a batch, and --batch-size {config.batch_size} is odd; use an even "
@@ -473,8 +508,15 @@ def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, upd
         raise UserError(f"--sched {config.sched}: {e}") from e
 
 
-def resume(state: TrainState, path: str, config: TrainConfig, world_size: int) -> int:
+def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: TrainConfig, world_size: int) -> int:
     """Continue from a checkpoint: weights, their average, optimizer, loss scale, schedule and counters.
+
+    Args:
+        state: What to restore.
+        checkpoint: Content of the checkpoint.
+        path: Where it is from, for messages.
+        config: What the run is told now.
+        world_size: Number of processes now.
 
     Returns:
         The samples of the epoch that all processes together have had.
@@ -482,7 +524,6 @@ def resume(state: TrainState, path: str, config: TrainConfig, world_size: int) -
     Raises:
         UserError: If it is no training state, or one of another model, or of other batches than `config` asks for.
     """
-    checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path} holds weights and no training state; start from it with --initial-checkpoint.")
     task: Any = state.task

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vip.data.datasets import class_to_idx, create_split, unreadable_files
-from vip.data.loaders import create_eval_loader
+from vip.data.loaders import create_eval_loader, naming_lost_workers
 from vip.errors import UserError
 from vip.reporting.logs import setup_logging
 from vip.reporting.progress import ProgressBar
@@ -24,7 +24,14 @@ from vip.reporting.results import Metrics, format_result, format_table, result_r
 from vip.training.config import EvaluationConfig, ValidateConfig
 from vip.training.engine import evaluate
 from vip.training.factory import check_compile_backend, create_model, resolve_data_config
-from vip.training.runtime import Precision, Runtime, leave_together, setup_precision, setup_runtime
+from vip.training.runtime import (
+    Precision,
+    Runtime,
+    leave_together,
+    naming_lost_processes,
+    setup_precision,
+    setup_runtime,
+)
 from vip.training.weights import (
     count_classes,
     find_checkpoint,
@@ -80,7 +87,8 @@ def validate_all(config: ValidateConfig, given: set[str]) -> int:
     rows: list[dict[str, Any]] = []
     for name, job in jobs:
         try:
-            rows.append(validate(job, given, runtime))
+            with naming_lost_processes(runtime, lambda: "the validation"):
+                rows.append(validate(job, given, runtime))
         except (UserError, torch.OutOfMemoryError) as e:
             if len(jobs) == 1:
                 raise UserError(str(e)) from e
@@ -293,7 +301,8 @@ def _run(
     loader = create_eval_loader(dataset, config, data_config, config.batch_size, *place, config.tf_preprocessing)
     real_labels = _real_labels(config, dataset, runtime)
     batches = len(loader) if hasattr(loader, "__len__") else None
-    with ProgressBar("Validation", batches, config.log_freq, runtime.device, not runtime.is_primary) as progress:
+    bar = ProgressBar("Validation", batches, config.log_freq, runtime.device, not runtime.is_primary)
+    with naming_lost_workers(runtime.rank, dataset), bar as progress:
         metrics = evaluate(
             model,
             loader,

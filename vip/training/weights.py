@@ -1,5 +1,6 @@
 """Weights: reading checkpoint files safely, recognising what they hold, and loading them with clear errors."""
 
+import functools
 import hashlib
 import importlib
 import logging
@@ -23,6 +24,7 @@ _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
 
+ENTRIES = {"averaged": ("state_dict_ema", "model_ema"), "plain": ("state_dict", "model")}  # as timm names them
 CHECKSUM = "tensors_sha256"  # in the metadata of safetensors files, which have no checksum of their own
 
 
@@ -104,10 +106,13 @@ def tensors_checksum(tensors: StateDict) -> str:
     return digest.hexdigest()
 
 
-def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """The averaged weights of a checkpoint, under timm's names for them, or None."""
-    found = (checkpoint.get(name) for name in ("state_dict_ema", "model_ema"))
-    return next((weights for weights in found if isinstance(weights, dict) and weights), None)
+def weight_sets(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """Which entries of a checkpoint hold weights, 'averaged' before 'plain'; none if it is bare weights."""
+    found = {
+        kind: next((name for name in names if isinstance(checkpoint.get(name), dict) and checkpoint[name]), "")
+        for kind, names in ENTRIES.items()
+    }
+    return {kind: name for kind, name in found.items() if name}
 
 
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | Path = "checkpoint") -> StateDict:
@@ -121,11 +126,11 @@ def state_dict_of(checkpoint: dict[str, Any], use_ema: bool | None, path: str | 
     Raises:
         UserError: If averaged weights are asked for and there are none, or there are no weights at all.
     """
-    ema = averaged_weights(checkpoint)
-    if use_ema and ema is None:
+    sets = weight_sets(checkpoint)
+    if use_ema and "averaged" not in sets:
         raise UserError(f"{path} has no averaged weights; leave out --use-ema.")
-    plain = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    state = plain if ema is None or use_ema is False else ema
+    name = sets.get("plain", "") if use_ema is False else next(iter(sets.values()), "")
+    state = checkpoint[name] if name else checkpoint
     named = isinstance(state, dict) and all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     )
@@ -144,11 +149,14 @@ def _is_fixed(name: str) -> bool:
 def recognise(state_dict: StateDict) -> str | None:
     """The name of the model of this library whose parameters these are, whatever classes and image size."""
     shapes = {k: v.shape for k, v in state_dict.items() if _is_fixed(k)}
-    for name in timm.list_models(module=[m for m in timm.list_modules() if m in _our_modules()]):
-        model = timm.create_model(name, device="meta")
-        if shapes == {k: v.shape for k, v in model.state_dict().items() if _is_fixed(k)}:
-            return name
-    return None
+    names = timm.list_models(module=[m for m in timm.list_modules() if m in _our_modules()])
+    return next((name for name in names if shapes == _fixed_shapes(name)), None)
+
+
+@functools.cache
+def _fixed_shapes(name: str) -> dict[str, torch.Size]:
+    model = timm.create_model(name, device="meta")
+    return {k: v.shape for k, v in model.state_dict().items() if _is_fixed(k)}
 
 
 def _our_modules() -> set[str]:
