@@ -62,7 +62,7 @@ class FolderWriter:
 
 
 def _cannot_write(root: Path, error: OSError) -> UserError:
-    return UserError(f"Cannot write label maps to {root} ({error.strerror}); once it can be, repeat the command to go on.")
+    return UserError(f"Cannot write label maps to {root} ({error.strerror}); once it can be, repeat the command.")
 
 
 class PackedWriter:
