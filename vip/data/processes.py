@@ -4,11 +4,11 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 ResultT = TypeVar("ResultT")
 
@@ -53,7 +53,8 @@ def map_in_processes(
     try:
         while waiting or workers:
             while waiting and len(workers) < processes:
-                workers.append(_Worker(function))
+                with _interrupted_later():
+                    workers.append(_Worker(function))
                 workers[-1].give(waiting.popleft(), seconds)
             wait([worker.connection for worker in workers], max(0, min(w.deadline for w in workers) - time.monotonic()))
             for worker in [worker for worker in workers if worker.is_due()]:
@@ -106,6 +107,19 @@ class _Worker(Generic[ResultT]):
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Put Ctrl-C off: during a fork it would be raised in one of Python's own hooks, and be lost there."""
+    caught: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught and callable(handler):
+        handler(*caught[0])
 
 
 def _work(function: Callable[[int], ResultT], connection: Connection, parents: Connection) -> None:
