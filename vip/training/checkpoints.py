@@ -18,6 +18,7 @@ from vip.files import check_records, replacing
 from vip.training.saver import RECOVERY
 from vip.training.weights import (
     CHECKSUM,
+    ENTRIES,
     StateDict,
     count_classes,
     find_checkpoint,
@@ -25,6 +26,7 @@ from vip.training.weights import (
     recognise,
     state_dict_of,
     tensors_checksum,
+    weight_sets,
 )
 
 LAYOUTS = {  # of files, and their usual endings
@@ -32,7 +34,6 @@ LAYOUTS = {  # of files, and their usual endings
     "pth": (".pth", ".pt"),
     "published": (".pth.tar",),
 }
-_NAMES = {"averaged": ("state_dict_ema", "model_ema"), "plain": ("state_dict", "model")}  # those that timm reads
 _COPIES = 10  # more than this many times the size of their file no honest tensors have, even where they share memory
 
 
@@ -211,11 +212,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} is refused: its tensors would take {total:,} bytes, which it does not hold.")
     if path.suffix == ".safetensors":
         return Checkpoint(path, {**_metadata(path), "state_dict": content}, {})
-    found = ((kind, name) for kind, names in _NAMES.items() for name in names if isinstance(content.get(name), dict))
-    sets: dict[str, str] = {}
-    for kind, name in found:
-        if content[name]:
-            sets.setdefault(kind, name)
+    sets = weight_sets(content)
     return Checkpoint(path, content if sets else {"state_dict": content}, sets)
 
 
@@ -407,7 +404,7 @@ def average(
     if len({tuple(sorted(source.classes.items())) for source in sources if source.classes}) > 1:
         raise UserError("These checkpoints are of different classes, or number them differently; they have no mean.")
     weights = _mean([source.path for source in sources], use_ema)
-    arch = sources[-1].model or recognise(weights)
+    arch = None if layout == "pth" else sources[-1].model or recognise(weights)
     _write(output, layout, weights, {"arch": arch} if arch else {})
     return sources, Written(sources[-1].weights, len(weights), output.stat().st_size, [])
 
@@ -552,13 +549,13 @@ def convert(
     check_output(output, layout, overwrite)
     source = open_checkpoint(find_checkpoint(path))
     weights = source.weights(use_ema)
-    arch = source.model(weights) or _text(source.content.get("arch"))
+    arch = None if layout == "pth" else source.model(weights) or _text(source.content.get("arch"))
     told = {"epoch": source.number("epoch"), "arch": arch, "metric": source.number("metric")}
     facts: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     facts["version"] = 2  # in which `epoch` is the one that ended
     sets = source.sets or {"plain": "state_dict"}
     if layout == "published":
-        states = {_NAMES[kind][0]: source.weights(kind == "averaged") for kind in sets}
+        states = {ENTRIES[kind][0]: source.weights(kind == "averaged") for kind in sets}
         _write(output, layout, {**facts, **states})
     else:
         kind = "plain" if use_ema is False else next(iter(sets))
@@ -574,6 +571,8 @@ def _write(output: Path, layout: str, content: dict[str, Any], facts: dict[str, 
     try:
         with replacing(output) as path:
             if layout == "safetensors":
+                if "__metadata__" in content:  # of which safetensors would make a file that it cannot read
+                    raise ValueError("no tensor in safetensors can be called __metadata__")
                 tensors = {
                     name: tensor.clone(memory_format=torch.contiguous_format)  # the format has no shared memory
                     for name, tensor in content.items()
