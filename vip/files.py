@@ -1,17 +1,25 @@
 """Files that are whole or not there, and files that cannot do harm."""
 
 import argparse
+import errno
+import logging
 import os
 import pickle
 import re
+import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+
+from vip.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -30,6 +38,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Keep other processes out of a folder.
+
+    Args:
+        folder: The folder.
+        patience: Seconds to wait for another process to leave it.
+
+    Raises:
+        UserError: If another process is in it.
+        OSError: If it cannot be written to.
+    """
+    with open(folder / ".lock", "ab") as lock:
+        if sys.platform != "win32":  # which has no such locks
+            _wait_for(lock, folder, time.monotonic() + patience)
+        yield
+
+
+def _wait_for(lock: IO[bytes], folder: Path, deadline: float) -> None:
+    import fcntl
+
+    while True:
+        try:
+            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by other processes
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                return _logger.warning(f"{folder} cannot be locked ({e.strerror}): start no second process in it.")
+        if time.monotonic() > deadline:
+            raise UserError(f"Another process works in {folder}: wait for it, stop it, or choose another folder.")
+        time.sleep(0.5)
 
 
 def save(content: Any, path: str | Path) -> None:

@@ -20,7 +20,7 @@ from vip.errors import UserError
 from vip.reporting.logs import log_to_file
 from vip.reporting.summary import Summary
 from vip.training.recovery import RecoveryPoints
-from vip.training.saver import prepare_folder
+from vip.training.saver import open_folder
 from vip.training.trainer import Trainer, train
 
 resource_limits = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of file sizes")
@@ -147,21 +147,24 @@ LOCK = (
 @resource_limits
 def test_second_run_in_a_folder_waits_and_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    prepare_folder(folder, {}, 0).close()
+    with open_folder(folder, {}, 0):
+        pass
     argv = [sys.executable, "-c", LOCK, str(folder / ".lock")]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match=f"Another process trains in {folder}"):
-            prepare_folder(folder, {}, 0, patience=0.1)
+        with pytest.raises(UserError, match=f"Another process works in {folder}"), open_folder(folder, {}, 0, 0.1):
+            pass
         threading.Timer(1, other.kill).start()
-        prepare_folder(folder, {}, 0).close()  # as soon as the other has ended
+        with open_folder(folder, {}, 0):  # as soon as the other has ended
+            pass
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".last.pth.tar.unfinished").write_bytes(b"half")
-    prepare_folder(folder, {"lr": 1}, 0).close()
+    with open_folder(folder, {"lr": 1}, 0):
+        pass
     assert {path.name for path in folder.iterdir()} == {".lock", "args.yaml"}
 
 

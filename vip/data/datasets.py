@@ -102,7 +102,7 @@ class ReadableImageDataset(ImageDataset):
 
     def files_being_read(self) -> dict[int, str]:
         """The file that each loader process is reading, by the number of the process."""
-        return {pid: str(self.filename(index)) for pid, index in self.reading.tolist() if pid >= 0}
+        return {pid: str(self.filename(index, absolute=True)) for pid, index in self.reading.tolist() if pid >= 0}
 
     def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, Any]:
         """Make the sample of a decoded image."""

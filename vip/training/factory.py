@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss

@@ -1,18 +1,16 @@
 """The folder a run leaves behind: checkpoints in timm's layout, its configuration, and whether there is room for it."""
 
 import copy
-import errno
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +19,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from vip.errors import SaveError, UserError
-from vip.files import replacing, save
+from vip.files import locked, replacing, save
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState
 from vip.training.weights import find_checkpoint, read_checkpoint
@@ -93,58 +91,36 @@ def refuse_existing_run(folder: Path) -> None:
         )
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], needed_bytes: int, patience: float = 30) -> IO[bytes]:
+@contextmanager
+def open_folder(folder: Path, config: dict[str, Any], needed_bytes: int, patience: float = 30) -> Iterator[None]:
     """Create the folder of a run, keep other processes out of it, and write its `args.yaml`.
 
     Args:
         folder: Folder of the run.
         config: What `args.yaml` is to hold.
         needed_bytes: Room that the checkpoints will take.
-        patience: Seconds to wait for another process to leave the folder.
-
-    Returns:
-        An open file; while it is open, no other process trains in the folder.
+        patience: Seconds to wait for another process to leave the folder: one that was told to may need a while.
 
     Raises:
         UserError: If it cannot be written, another process does, or the disk has too little room.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "ab")
-        _wait_for(lock, folder, patience)
-        for unfinished in folder.glob(".*.unfinished"):  # of a process that was killed
-            unfinished.unlink(missing_ok=True)
-        with replacing(folder / "args.yaml") as path:
-            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        free = shutil.disk_usage(folder).free
-    except OSError as e:
-        raise UserError(f"Cannot write to {folder} ({e.strerror}); choose another place with --output.") from e
-    if free < needed_bytes:
-        raise UserError(
-            f"The checkpoints of this run need {needed_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
-            "make room, choose another --output, or keep fewer with --checkpoint-hist."
-        )
-    return lock
-
-
-def _wait_for(lock: IO[bytes], folder: Path, seconds: float) -> None:
-    """Lock a file; a process that was told to leave may need a while to."""
-    if sys.platform == "win32":
-        return  # which has no such locks
-    import fcntl
-
-    deadline = time.monotonic() + seconds
-    while True:
+    with ExitStack() as stack:
         try:
-            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, patience))
+            for unfinished in folder.glob(".*.unfinished"):  # of a process that was killed
+                unfinished.unlink(missing_ok=True)
+            with replacing(folder / "args.yaml") as path:
+                path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            free = shutil.disk_usage(folder).free
         except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN):
-                return _logger.warning(f"{folder} cannot be locked ({e.strerror}): start no second run in it.")
-        if time.monotonic() > deadline:
+            raise UserError(f"Cannot write to {folder} ({e.strerror}); choose another place with --output.") from e
+        if free < needed_bytes:
             raise UserError(
-                f"Another process trains in {folder}: wait for it, stop it, or choose another --experiment."
+                f"The checkpoints of this run need {needed_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB "
+                "free; make room, choose another --output, or keep fewer with --checkpoint-hist."
             )
-        time.sleep(0.5)
+        yield
 
 
 def checkpoint_bytes(state: TrainState, copies: int) -> int:

@@ -56,7 +56,7 @@ from vip.training.saver import (
     checkpoint_bytes,
     find_state,
     load_scheduler_state,
-    prepare_folder,
+    open_folder,
     refuse_existing_run,
     run_folder,
     save_errors,
@@ -333,15 +333,15 @@ class Trainer:
         continued = bool(self.resumed) and Path(self.resumed).parent == folder
         if not continued:
             refuse_existing_run(folder)
-        lock = prepare_folder(folder, recipe, checkpoint_bytes(state, kept))
-        about = {"arch": self.arch, "data_config": self.data_config, "class_to_idx": self.class_to_idx}
-        batches = batches_of(config, self.runtime.world_size)
-        saver = RunSaver(state, folder, config, {**about, "args": args}, batches)
-        if continued:
-            saver.continue_from(self.resumed)
-        summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
-        with lock, closing(summary), closing(saver), log_to_file(folder / "train.log"):
-            yield Outputs(folder, saver, summary)
+        with open_folder(folder, recipe, checkpoint_bytes(state, kept)):
+            about = {"arch": self.arch, "data_config": self.data_config, "class_to_idx": self.class_to_idx}
+            batches = batches_of(config, self.runtime.world_size)
+            saver = RunSaver(state, folder, config, {**about, "args": args}, batches)
+            if continued:
+                saver.continue_from(self.resumed)
+            summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
+            with closing(summary), closing(saver), log_to_file(folder / "train.log"):
+                yield Outputs(folder, saver, summary)
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
         batches = len(loader) if hasattr(loader, "__len__") else None
