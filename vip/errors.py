@@ -6,7 +6,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         # A loader worker hands its error over as text with the worker's traceback in front of the message.
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+        lines = message.rsplit("UserError: ", 1)[-1].strip().splitlines()
+        text = " ".join(line.strip() for line in lines)
+        # what a file says or is called must not control the terminal
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 class SaveError(UserError):

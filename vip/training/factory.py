@@ -29,6 +29,7 @@ _MODEL_ERRORS = (
     LookupError,
     OSError,
     RuntimeError,
+    SafetensorError,
     TypeError,
     ValueError,
 )
