@@ -264,16 +264,6 @@ def test_nothing_but_damaged_images(train: Callable[..., Outcome], copy: Path) -
 # Checkpoints
 
 
-class Payload:
-    """Makes a folder when it is unpickled by a reader that runs code."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
-
-
 STARTS = ("--resume", "--initial-checkpoint", "--finetune", "--eval-checkpoint")
 
 
@@ -331,40 +321,6 @@ def test_checkpoints_that_are_not_there(train_refuses: Refused, validate_refuses
     (tmp_path / "folder").mkdir()
     says(validate_refuses(checkpoint=tmp_path / "folder"), tmp_path / "folder", "name the file")
     says(validate_refuses(checkpoint=tmp_path / "*.pth"), "No file matches", tmp_path / "*.pth")
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_code_in_a_checkpoint_is_refused_and_not_run(
-    train_refuses: Refused, validate_refuses: Refused, tmp_path: Path, kind: str
-) -> None:
-    marker, path = tmp_path / "it ran", tmp_path / "payload.pth.tar"
-    weights = timm.create_model("vip_nano4_32", num_classes=3).state_dict()
-    content = {"state_dict": weights, "epoch": 1, "optimizer": {}, "arch": "vip_nano4_32", "extra": Payload(marker)}
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps({"epoch": 1, "optimizer": {}, "extra": Payload(marker)}, protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    refusals = [train_refuses(flag, path) for flag in STARTS] + [validate_refuses(checkpoint=path)]
-    assert not marker.exists()
-    for message in refusals:
-        says(message, path, "refused", "would run code", "mkdir")
-    if kind == "pickle":
-        pickle.loads(path.read_bytes())
-    else:
-        torch.load(path, weights_only=False)
-    assert marker.is_dir(), "a reader that is not careful does run it"
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_code_in_any_pickle_is_not_run(validate_refuses: Refused, tmp_path: Path, protocol: int) -> None:
-    (tmp_path / "payload.pth").write_bytes(pickle.dumps(Payload(tmp_path / "it ran"), protocol=protocol))
-    says(validate_refuses(checkpoint=tmp_path / "payload.pth"), tmp_path / "payload.pth")
-    assert not (tmp_path / "it ran").exists()
-
-
-def test_a_pickled_model_is_refused_with_the_way_out(validate_refuses: Refused, tmp_path: Path) -> None:
-    torch.save(timm.create_model("vip_nano4_32"), tmp_path / "model.pth")
-    says(validate_refuses(checkpoint=tmp_path / "model.pth"), "refused", "torch.save(model.state_dict(), ...)")
 
 
 SMALL_CHECKPOINT = io.BytesIO()
