@@ -7,6 +7,7 @@ Writes every observation to CSV files and prints a table. Linux alone: memory is
 
 import argparse
 import csv
+import os
 import random
 import re
 import signal
@@ -38,7 +39,7 @@ class Watch:
 
     begin: float = field(default_factory=time.monotonic)
     processes: list[tuple[float, float, int, str, int, int]] = field(default_factory=list)
-    epochs: list[tuple[float, float, int]] = field(default_factory=list)
+    epochs: list[tuple[float, float, float, int]] = field(default_factory=list)
 
     def observe(self, pid: int, life: int, born: float) -> None:
         """Note memory and open files of a process and of its loader processes."""
@@ -46,18 +47,29 @@ class Watch:
         now = time.monotonic()
         for role, each in (("training", str(pid)), *(("loader", child) for child in children)):
             rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-            pss = int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
+            own = sum(int(size) for size in re.findall(r"^Private_(?:Clean|Dirty):\s+(\d+)", rollup, re.MULTILINE))
             files = len(list(Path(f"/proc/{each}/fd").iterdir()))
-            self.processes.append((now - self.begin, now - born, life, role, pss, files))
+            self.processes.append((now - self.begin, now - born, life, role, own, files))
 
-    def read_log(self, lines: Iterable[str], life: int) -> None:
-        """Note the throughput of each whole epoch of a process but its first."""
-        whole = False
+    def read_log(self, lines: Iterable[str], life: int, pid: int) -> None:
+        """Note the throughput of each whole epoch of a process but its first, and the CPU time since the one before."""
+        before = 0.0
         for line in lines:
             if found := re.match(r"Epoch \d+: loss .* ([\d,]+) img/s", line):
-                if whole:
-                    self.epochs.append((time.monotonic() - self.begin, float(found[1].replace(",", "")), life))
-                whole = True
+                used = cpu_seconds(pid)
+                if before:
+                    rate = float(found[1].replace(",", ""))
+                    self.epochs.append((time.monotonic() - self.begin, rate, used - before, life))
+                before = used
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of its loader processes."""
+    ticks = 0
+    for each in (str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -83,7 +95,7 @@ def live_once(command: list[str], seconds: float, rng: random.Random, watch: Wat
     born = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     assert process.stderr is not None
-    reader = threading.Thread(target=watch.read_log, args=(process.stderr, life))
+    reader = threading.Thread(target=watch.read_log, args=(process.stderr, life, process.pid))
     reader.start()
     while time.monotonic() - born < seconds:
         time.sleep(5)
@@ -97,8 +109,8 @@ def live_once(command: list[str], seconds: float, rng: random.Random, watch: Wat
 def report(watch: Watch, kills: int, output: Path) -> str:
     """The table of first and last ten minutes; observations go to files."""
     for name, header, rows in (
-        ("processes.csv", ("seconds", "age", "life", "role", "pss_kb", "open_files"), watch.processes),
-        ("epochs.csv", ("seconds", "images_per_second", "life"), watch.epochs),
+        ("processes.csv", ("seconds", "age", "life", "role", "private_kb", "open_files"), watch.processes),
+        ("epochs.csv", ("seconds", "images_per_second", "cpu_seconds", "life"), watch.epochs),
     ):
         with open(output / name, "w", newline="") as file:
             csv.writer(file).writerows([header, *rows])
@@ -106,6 +118,7 @@ def report(watch: Watch, kills: int, output: Path) -> str:
     lines = [f"{watch.epochs[-1][0] / 60:.0f} minutes, {kills} kills, {len(watch.epochs)} whole epochs", ""]
     lines += ["| what | first ten minutes | last ten minutes | change |", "| :--- | ---: | ---: | ---: |"]
     lines.append(_row("images a second", watch.epochs, lambda row: row[1]))
+    lines.append(_row("CPU seconds an epoch, validated and saved", watch.epochs, lambda row: row[2]))
     for role in ("training", "loader"):
         rows = [row for row in settled if row[3] == role]
         lines.append(_row(f"{role} process: MB", rows, lambda row: row[4] / 1000))

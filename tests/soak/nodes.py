@@ -21,7 +21,7 @@ from exact_runs import ROOT, assert_same_run, flags_of, run_until
 from vip.data.digits import write_digits
 
 NODES = {"vip-node-a": "10.77.0.1", "vip-node-b": "10.77.0.2"}
-FLAGS = ("-b", "8", "--epochs", "2", "--recovery-interval", "10", "--dist-timeout", "20")
+FLAGS = ("-b", "8", "--epochs", "2", "--recovery-interval", "10", "--dist-timeout", "120")
 
 
 def ip(*command: str) -> None:
@@ -52,7 +52,8 @@ def start(node: str, data: Path, flags: list[str], log: Path) -> subprocess.Pope
     device = "vip-a" if node.endswith("a") else "vip-b"
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"NNODES": "2", "RDZV_ENDPOINT": f"{NODES['vip-node-a']}:29400", "MAX_RESTARTS": "5"}
-    env |= {"GLOO_SOCKET_IFNAME": device, "PET_RDZV_CONF": f"is_host={node.endswith('a')}"}  # names resolve to neither
+    env |= {"GLOO_SOCKET_IFNAME": device, "PET_LOCAL_ADDR": NODES[node]}  # the name of the machine is no address here
+    env["PET_RDZV_CONF"] = f"is_host={node.endswith('a')}"
     command = ["ip", "netns", "exec", node, "./distributed_train.sh", "1", str(data), *flags]
     return subprocess.Popen(command, stderr=open(log, "a"), env=env, cwd=ROOT, start_new_session=True)
 
