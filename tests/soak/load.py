@@ -56,7 +56,10 @@ class Watch:
         before = 0.0
         for line in lines:
             if found := re.match(r"Epoch \d+: loss .* ([\d,]+) img/s", line):
-                used = cpu_seconds(pid)
+                try:
+                    used = cpu_seconds(pid)
+                except OSError:  # it was killed just now
+                    return
                 if before:
                     rate = float(found[1].replace(",", ""))
                     self.epochs.append((time.monotonic() - self.begin, rate, used - before, life))
@@ -125,9 +128,12 @@ def report(watch: Watch, kills: int, output: Path) -> str:
         lines.append(_row(f"{role} process: open files", rows, lambda row: row[5]))
     for role in ("training", "loader"):
         growth = [_growth([row for row in settled if row[2] == life and row[3] == role]) for life in range(kills)]
-        known = [value for value in growth if value is not None]
-        lines.append(f"\n{role} process, MB more at the end of a life than a minute after its start: median "
-                     f"{statistics.median(known):.1f}, most {max(known):.1f}")  # fmt: skip
+        if known := [value for value in growth if value is not None]:
+            median, most = statistics.median(known), max(known)
+            lines.append(
+                f"\n{role} process, MB more at the end of a life than a minute after its start: median {median:.1f}, "
+                f"most {most:.1f}"
+            )
     return "\n".join(lines)
 
 
