@@ -323,12 +323,12 @@ def test_types_of_numbers(saved: Callable[..., Path], tmp_path: Path, dtype: tor
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-@pytest.mark.parametrize("kind", ["sparse", "meta", "float4", "quantized"])
+@pytest.mark.parametrize("kind", ["sparse", "meta", "bits", "quantized"])
 def test_tensors_that_are_not_dense_are_refused(saved: Callable[..., Path], kind: str) -> None:
     make = {
         "sparse": lambda: torch.eye(3).to_sparse(),
         "meta": lambda: torch.ones(2, device="meta"),
-        "float4": lambda: torch.zeros(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "bits": lambda: torch.zeros(8, dtype=torch.uint8).view(torch.bits8),
         "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
     }
     with pytest.raises(UserError, match="'state_dict/odd', which is no dense tensor"):

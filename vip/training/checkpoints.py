@@ -220,10 +220,15 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return False
     try:
-        torch.isfinite(tensor.new_empty(0))
-    except NotImplementedError:  # types such as four bits a number, with which torch does not compute
+        _is_finite(tensor.new_empty(0))
+    except RuntimeError:  # types such as four bits a number, with which torch does not compute
         return False
     return True
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    wide = tensor.is_floating_point() and tensor.element_size() == 1  # old torch only converts these
+    return bool(torch.isfinite(tensor.float() if wide else tensor).all())
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -354,7 +359,7 @@ def verify(path: Path) -> Verdict:
     count = 0
     for name, tensor in _tensors(checkpoint.content):
         count += 1
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise UserError(f"{path} holds numbers that are not finite, in {name!r}; take an earlier one of the run.")
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
@@ -472,7 +477,7 @@ def _mean(paths: list[Path], use_ema: bool | None) -> StateDict:
         if before:
             _check_same(paths[0], before, path, weights)
         for name, tensor in weights.items():
-            if not torch.isfinite(tensor).all():
+            if not _is_finite(tensor):
                 raise UserError(f"{path} holds numbers that are not finite, in {name!r}; leave it out.")
             if tensor.is_floating_point() or tensor.is_complex():
                 wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
