@@ -79,12 +79,15 @@ def test_all_is_well(image_folder: Path) -> None:
 
 def test_the_report_does_not_depend_on_the_processes(data: Path) -> None:
     write(data / "train" / "class0" / "again.png", jpeg(6))
-    write(data / "train" / "class0" / "bad.jpg", b"")
     for i in range(70):
-        write(data / "train" / "class1" / f"more{i}.jpg", jpeg(100 + i // 2))
+        write(data / "train" / "class1" / f"more{i}.jpg", jpeg(100 + i // 2) + b"more")
+        write(data / "train" / "class0" / f"bad{i}.jpg", b"")
     first, *others = (content(check(str(data), processes)) for processes in (1, 2, 5))
-    assert first["unreadable"] and len(first["duplicates"]["within_train"]) == 35
-    assert all(other == first for other in others)
+    assert len(first["unreadable"]) == 70 and list(first["unreadable"]) == sorted(first["unreadable"])
+    trailing = first["suspicious"]["trailing_bytes"]
+    assert len(trailing) == 70 and trailing == sorted(trailing)
+    assert len(first["duplicates"]["within_train"]) == 35
+    assert all(repr(other) == repr(first) for other in others)
 
 
 def test_progress_is_shown(data: Path) -> None:
@@ -158,7 +161,7 @@ def test_any_tree(tmp_path_factory: pytest.TempPathFactory, files: list[File], p
     def named(*what: str) -> list[str]:
         return sorted(path for path, file in states.items() if file.what in what)
 
-    assert sorted(report.unreadable) == named(*UNREADABLE)
+    assert list(report.unreadable) == named(*UNREADABLE)
     kinds = {"wrong_ending": named("disguised"), "trailing_bytes": named("trailing")}
     assert report.suspicious == {kind: paths for kind, paths in kinds.items() if paths}
     for name, split in report.splits.items():
