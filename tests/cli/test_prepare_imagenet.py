@@ -162,6 +162,7 @@ def test_help(command: Callable[..., Outcome], capsys: pytest.CaptureFixture) ->
 SCRIPT = """
 import os, sys, time
 import vip.cli
+import vip.data.imagenet
 
 
 def hook(event, args):
@@ -170,6 +171,7 @@ def hook(event, args):
         time.sleep(100)
 
 
+vip.data.imagenet._SYNC_BYTES, os.sync = 0, lambda: None
 sys.addaudithook(hook)
 sys.exit(vip.cli.main())
 """

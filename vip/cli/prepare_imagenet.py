@@ -37,11 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("train_tar", metavar="TRAIN_TAR", help="ILSVRC2012_img_train.tar")
     parser.add_argument("val_tar", metavar="VAL_TAR", help="ILSVRC2012_img_val.tar")
     parser.add_argument("out", metavar="OUT", help="folder to make or to complete")
-    parser.add_argument(
-        "--no-checksum",
-        action="store_true",
-        help="take archives that someone else packed; other numbers of images are warnings then",
-    )
+    text = "take archives that someone else packed; other numbers of images are warnings then"
+    parser.add_argument("--no-checksum", action="store_true", help=text)
     return parser
 
 
