@@ -48,7 +48,7 @@ def test_flags_in_documents_exist(path: Path):
         (BenchmarkConfig, {}),
     ):
         known |= set(build_parser(config, "vip", ignored)._option_string_actions)
-    for program in (*ROOT.glob("studies/**/*.py"), *ROOT.glob("vip/cli/*.py")):
+    for program in (p for folder in ("studies", "vip/cli", "tests/soak") for p in ROOT.glob(f"{folder}/**/*.py")):
         known |= set(re.findall(r'add_argument\("(--[\w-]+)"', program.read_text()))
     assert not {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text())} - known
 
