@@ -153,6 +153,8 @@ def test_grey_that_is_no_damage() -> None:
     values = np.full((64, 64, 3), 128, np.uint8)
     values[:32] = np.asarray(photograph(64, 32))
     assert kinds(encoded(Image.fromarray(values), "PNG"), "a.png") == set(), "no decoder of PNG files fills with grey"
+    values[32:] = (255, 255, 255)
+    assert kinds(encoded(Image.fromarray(values))) == set()
 
 
 def test_a_lost_block() -> None:
