@@ -5,14 +5,11 @@ So a class folder in its place is whole, however the program was stopped, and al
 waits for the disks, as on Linux. One sync for many files takes the place of one for each.
 """
 
-import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +24,8 @@ from timm.data import ImageNetInfo
 from torchvision.datasets.imagenet import ARCHIVE_META
 
 from vip.errors import UserError
-from vip.files import replacing
+from vip.files import locked, replacing
 
-_logger = logging.getLogger(__name__)
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -119,7 +115,7 @@ def prepare(
             # the small one first: what is wrong with it shows soon
             archives = [_Archive("val", val, folder, expected), _Archive("train", train, folder, expected)]
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with locked(folder):
                 for archive in archives:
                     archive.take_folder()
                 _refuse_small_disk(archives)
@@ -148,22 +144,6 @@ def _opened(path: str | Path) -> Iterator[IO[bytes]]:
         raise UserError(f"Cannot read the archive {path} ({e.strerror}); expected TRAIN_TAR VAL_TAR OUT.") from e
     with file:
         yield file
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder."""
-    with open(folder / ".lock", "ab") as lock:
-        if sys.platform != "win32":  # which has no such locks
-            import fcntl
-
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if e.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError(f"Another process unpacks to {folder}: wait for it, or stop it.") from e
-                _logger.warning(f"{folder} cannot be locked ({e.strerror}): start no second run in it.")
-        yield
 
 
 def _list_members(
