@@ -57,6 +57,26 @@ def create_mixup(config: AugmentationConfig, num_classes: int, smoothing: float,
     )
 
 
+def check_cutmix(config: AugmentationConfig, input_size: tuple[int, ...]) -> None:
+    """Refuse a range of CutMix boxes that holds no whole pixel.
+
+    Args:
+        config: Range, None for none.
+        input_size: Channels, height and width of an image.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if config.cutmix_minmax is None:
+        return
+    low, high = config.cutmix_minmax
+    if any(int(side * low) >= int(side * high) for side in input_size[1:]):
+        raise UserError(
+            f"--cutmix-minmax is {low} to {high}, expected the smaller number first and at least a pixel of "
+            f"{tuple(input_size[1:])} between them."
+        )
+
+
 def create_train_transform(config: Any, data_config: dict[str, Any]) -> Any:
     """The training transform.
 

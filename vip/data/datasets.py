@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset
 from torch.utils.data import Dataset, get_worker_info
@@ -168,7 +169,7 @@ def create_split(
         UserError: If the data is missing, has no classes, or an empty one.
     """
     if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
-        raise UserError("No data set given: name the folder that holds train/ and val/.")
+        raise UserError("No data set given: name the folder that holds train/ and val/, as DATA or with --data-dir.")
     name = _DATASET_ALIASES.get(config.dataset.lower(), config.dataset)
     kind = name.lower().partition("/")[0]
     plain = kind in _PLAIN_DATASETS
@@ -177,6 +178,8 @@ def create_split(
         raise UserError(
             f"--dataset {config.dataset} is none of {', '.join(known)}, or nothing for a folder or tar file."
         )
+    if plain and (config.input_key or config.target_key):
+        raise UserError("--input-key and --target-key name columns, and a folder or tar file has none: leave them out.")
     root = config.data
     if plain:
         root = split_folder(str(root), split)
@@ -189,9 +192,9 @@ def create_split(
             class_map=config.class_map or None,  # type: ignore[arg-type]  # timm takes a file name, too
             is_training=is_training,
             download=config.dataset_download,
-            input_key=config.input_key,
-            target_key=config.target_key,
-            input_img_mode=config.input_img_mode or ("L" if in_chans == 1 else "RGB"),
+            input_key=config.input_key or None,
+            target_key=config.target_key or None,
+            input_img_mode=_image_mode(config.input_img_mode, in_chans),
             **kwargs,
         )
     except _OPEN_ERRORS as e:
@@ -200,12 +203,25 @@ def create_split(
             reason = "it holds no images, or none of the classes of the --class-map"
         if isinstance(e, ImportError) and e.name:
             reason += f"; pip install {e.name}"
+        if config.class_map:
+            reason += f" (--class-map {config.class_map})"
         raise UserError(f"Cannot open split {split!r} of {config.dataset or root}: {reason}") from e
     if plain:
         _refuse_empty_classes(str(root), dataset, bool(config.class_map))
     if isinstance(dataset, ImageDataset) and plain:
         dataset = ReadableImageDataset(dataset, is_training, max_bad_images)
     return dataset
+
+
+def _image_mode(mode: str | None, channels: int) -> str:
+    """The mode of images for a model of so many input channels."""
+    mode = mode or ("L" if channels == 1 else "RGB")
+    if (found := Image.getmodebands(mode)) != channels:
+        raise UserError(
+            f"Images of mode {mode} have {found} channels and the model takes {channels}: give another "
+            "--input-img-mode, --in-chans or --input-size."
+        )
+    return mode
 
 
 def class_to_idx(dataset: Dataset) -> dict[str, int] | None:

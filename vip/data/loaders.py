@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torchvision import transforms
 from torchvision.datasets import VisionDataset
 
-from vip.data.augmentation import create_train_transform, erasing_splits
+from vip.data.augmentation import check_cutmix, create_train_transform, erasing_splits
 from vip.data.config import LoaderConfig
 from vip.data.order import EpochOrder, SeededDataset, SeededLoader
 from vip.errors import UserError
@@ -107,6 +107,7 @@ def create_train_loader(
                 "--aug-splits needs augmentation and the prefetcher: leave out --no-aug and --no-prefetcher."
             )
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
+    check_cutmix(config, data_config["input_size"])
     _set_transform(dataset, create_train_transform(config, data_config), data_config["input_size"][0])
     collate: Any = default_collate if config.no_prefetcher else mixup or fast_collate
     options: dict[str, Any] = dict(

@@ -115,7 +115,7 @@ class ScheduleConfig(Options):
     lr_noise: list[float] | None = option(None, "on and off points of learning rate noise, as shares of the schedule")
     lr_noise_pct: float = option(0.67, "limit of the noise, as share of the rate", low=0.01, high=1)
     lr_noise_std: float = option(1.0, "standard deviation of the noise", low=0, high=10)
-    lr_cycle_mul: float = option(1.0, "growth of the cycle length", low=1, high=10)
+    lr_cycle_mul: float = option(1.0, "growth of the cycle length", low=0.01, high=10)
     lr_cycle_decay: float = option(0.5, "decay of the learning rate from cycle to cycle", low=0, high=1)
     lr_cycle_limit: int = option(1, "number of cycles", low=1, high=100)
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly", low=0, high=10)

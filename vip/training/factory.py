@@ -21,8 +21,8 @@ from vip.training.weights import check_model_name
 
 _logger = logging.getLogger(__name__)
 
-# what models raise at arguments that they cannot take
-_MODEL_ERRORS = (
+# what models and optimizers raise at arguments that they cannot take
+_ARGUMENT_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -61,11 +61,15 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
             **kwargs,
         )
         return timm.create_model(**args)
-    except _MODEL_ERRORS as e:
-        reason = str(e).strip().split("\n")[0].rstrip(".") or type(e).__name__
+    except _ARGUMENT_ERRORS as e:
+        reason = _first_line(e)
         given = [name for name in _MODEL_OPTIONS if getattr(config, name, None) not in (None, {})]
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"Cannot create {config.model}: {reason}.{f' It was given {flags}.' if given else ''}") from e
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _requested_input(config: InputConfig) -> dict[str, Any]:
@@ -164,12 +168,25 @@ def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: i
     if config.transfer_learning:
         groups = _transfer_groups(model, config.weight_decay, config.transfer_ratio)
     try:
+        _try_step(kwargs, next(model.parameters()).device)
         return create_optimizer_v2(groups, **kwargs)
-    except (ValueError, AssertionError, RuntimeError, TypeError, ImportError, IndexError) as e:
+    except (*_ARGUMENT_ERRORS, ImportError) as e:
         known = [str(name) for name in list_optimizers()]
         hint = "" if config.opt.lower() in known else nearest(config.opt, known)
-        reason = "--opt-betas has too few numbers" if isinstance(e, IndexError) else str(e).strip().rstrip(".")
-        raise UserError(f"Cannot create the optimizer {config.opt}: {reason}.{hint} See --opt and --opt-kwargs.") from e
+        reason = "--opt-betas has too few numbers" if isinstance(e, IndexError) else _first_line(e)
+        raise UserError(
+            f"Cannot create the optimizer {config.opt}: {reason}.{hint} See --opt, --opt-betas, --opt-eps and "
+            "--opt-kwargs."
+        ) from e
+
+
+def _try_step(kwargs: dict[str, Any], device: torch.device) -> None:
+    """Take a step with an optimizer of these arguments, many of which are first looked at there."""
+    model = nn.ParameterList(torch.ones(2, 2, device=device) for _ in range(2))  # nn.Linear would draw random numbers
+    optimizer = create_optimizer_v2(model, **{**kwargs, "layer_decay": None})
+    loss = torch.stack([(p**2).sum() for p in model]).sum()
+    loss.backward(create_graph=getattr(optimizer, "is_second_order", False))
+    optimizer.step()
 
 
 def _transfer_groups(model: nn.Module, weight_decay: float, ratio: float) -> list[dict[str, Any]]:

@@ -503,9 +503,15 @@ def _check(config: TrainConfig) -> None:
 
 def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> tuple[Any, int]:
     try:
-        return create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=updates)
-    except (ValueError, AssertionError) as e:
-        raise UserError(f"--sched {config.sched}: {e}") from e
+        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=updates)
+        if scheduler is not None and config.sched != "plateau":
+            scheduler._get_lr(epochs * updates if config.sched_on_updates else epochs)  # some can fail at their end
+        return scheduler, epochs
+    except (ArithmeticError, AssertionError, ValueError) as e:
+        raise UserError(
+            f"--sched {config.sched} is not possible ({e}): see --epochs, --warmup-epochs, --cooldown-epochs, "
+            "--decay-epochs and --lr-cycle-mul."
+        ) from e
 
 
 def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: TrainConfig, world_size: int) -> int:

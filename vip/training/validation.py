@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from vip.training.runtime import (
     setup_runtime,
 )
 from vip.training.weights import (
+    check_model_name,
     count_classes,
     find_checkpoint,
     load_weights,
@@ -105,6 +107,8 @@ def validate_all(config: ValidateConfig, given: set[str]) -> int:
 
 def _jobs(config: ValidateConfig) -> list[tuple[str, ValidateConfig]]:
     """One configuration a checkpoint, or a model."""
+    if "" in config.checkpoint:
+        raise UserError("--checkpoint is empty: give the path of a checkpoint, or leave it out.")
     if config.checkpoint:
         paths = []
         for pattern in config.checkpoint:
@@ -143,6 +147,11 @@ def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[
     precision = setup_precision(config, runtime.device)
     model = _prepare(model, config, data_config, runtime, precision)
     metrics, images_per_second = _run(model, dataset, config, data_config, runtime, precision)
+    if not math.isfinite(metrics.loss):
+        raise UserError(
+            f"The loss of {source} is {metrics.loss}, in {precision.description}: leave out --amp or give --amp-dtype "
+            "bfloat16, and see --mean and --std, or take another checkpoint."
+        )
     return result_row(config.model, source, metrics, param_count, data_config, images_per_second)
 
 
@@ -201,6 +210,7 @@ def _load_weights(config: EvaluationConfig, checkpoint: dict[str, Any], path: Pa
             raise UserError(f"{path} does not say which model it is of, and it is none of ours; name it with --model.")
         config.model = arch
         _logger.info(f"{path} holds {arch}")
+    check_model_name(config.model)
     num_classes = config.num_classes or count_classes(config.model, state_dict)
     model = create_model(dataclasses.replace(config, pretrained=False), num_classes)
     load_weights(model, state_dict, path)

@@ -184,14 +184,14 @@ def check_model_name(name: str) -> None:
     """
     if name.startswith(("hf-hub:", "local-dir:")):
         return
-    model, _, weights = name.partition(".")
+    model = name.partition(".")[0]
     if not timm.is_model(model):
         raise UserError(f"No model is called {name!r}.{nearest(name, timm.list_models())}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as e:
         known = timm.list_models(f"{model}.*", pretrained=True)
-        raise UserError(f"{model} has no weights called {weights!r}.{nearest(name, known)}") from e
+        raise UserError(f"No weights are called {name!r}.{nearest(name, known)}") from e
 
 
 def filter_for(model: nn.Module, state_dict: StateDict) -> StateDict:
