@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,7 +72,7 @@ class Options:
                 if not isinstance(number, int | float):
                     continue
                 if expected := _expected(number, field.metadata["low"], field.metadata["high"]):
-                    raise UserError(f"--{field.name.replace('_', '-')} is {number}, expected {expected}.")
+                    raise UserError(f"--{field.name.replace('_', '-')} is {reprlib.repr(number)}, expected {expected}.")
 
 
 def _expected(number: float, low: float | None, high: float | None) -> str:

@@ -22,6 +22,7 @@ from vip.options import nearest
 ConfigT = TypeVar("ConfigT")
 
 MOST_NODES = 100_000  # of a recipe, whose aliases would let a few lines stand for any number of values
+MOST_CHARACTERS = 3000  # of a value in it: Python neither reads nor prints a number of much more
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,8 +169,11 @@ def _load_yaml(file: Any) -> Any:
     loader = yaml.SafeLoader(file)
     try:
         document = loader.get_single_node()
-        if next(itertools.islice(_nodes(document), MOST_NODES, None), None) is not None:
-            raise ValueError(f"it holds more than {MOST_NODES} values, with those that aliases repeat")
+        for count, node in enumerate(_nodes(document)):
+            if count >= MOST_NODES:
+                raise ValueError(f"it holds more than {MOST_NODES} values, with those that aliases repeat")
+            if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
+                raise ValueError(f"it holds a value of more than {MOST_CHARACTERS} characters")
         return (loader.construct_document(document) if document else None) or {}
     finally:
         loader.dispose()
