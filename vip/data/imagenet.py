@@ -26,7 +26,6 @@ from torchvision.datasets.imagenet import ARCHIVE_META
 from vip.errors import UserError
 from vip.files import locked, replacing
 
-
 Progress = Callable[..., Iterable[Any]]
 
 _CHUNK = 2**20  # a checksum's progress is shown in MiB
