@@ -204,9 +204,10 @@ def naming_lost_workers(rank: int, *datasets: Any) -> Iterator[None]:
             what = f"Process {rank} had no batch for --loader-timeout seconds"
             advice = "Look at the disk and these files, or allow more."
         else:
-            died = {int(number) for number in re.findall(r"\d+", str(e).partition("pid")[2].partition(")")[0])}
-            files = {pid: file for pid, file in files.items() if pid in died}
-            what = f"Process {rank} lost a loader process ({str(e).partition(') ')[2].strip(' .') or 'it died'})"
+            told = re.search(r"pid(?:\(s\))? ([\d, ]+)\) (.*?)\.? *$", str(e), re.MULTILINE)
+            died = told[1].split(", ") if told else []
+            files = {pid: file for pid, file in files.items() if str(pid) in died}
+            what = f"Process {rank} lost a loader process, which {told[2] if told else 'ended'}"
             advice = "If it ran out of memory, use fewer --workers."
         read = "; ".join(f"loader process {pid} was reading {file}" for pid, file in list(files.items())[:5])
         raise UserError(f"{what}: {read or 'no file was being read'}. {advice}") from e
