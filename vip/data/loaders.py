@@ -204,7 +204,7 @@ def naming_lost_workers(rank: int, *datasets: Any) -> Iterator[None]:
             what = f"Process {rank} had no batch for --loader-timeout seconds"
             advice = "Look at the disk and these files, or allow more."
         else:
-            told = re.search(r"pid(?:\(s\))? ([\d, ]+)\) (.*?)\.? *$", str(e), re.MULTILINE)
+            told = re.search(r"pid(?:\(s\))? ([\d, ]+)\) ([^.\n]*)", str(e))
             died = told[1].split(", ") if told else []
             files = {pid: file for pid, file in files.items() if str(pid) in died}
             what = f"Process {rank} lost a loader process, which {told[2] if told else 'ended'}"
