@@ -118,6 +118,8 @@ def check_records(path: str | Path) -> bool:
                 records = archive.infolist()
                 if any(record.compress_type or record.compress_size != record.file_size for record in records):
                     raise UnreadableFile("it holds compressed records, and torch writes none", [])
+                if any(record.is_dir() or record.external_attr & 0x10 for record in records):
+                    raise UnreadableFile("a record is marked as a folder, of which torch reads nothing", [])
                 if sum(record.file_size for record in records) > os.path.getsize(path):
                     raise UnreadableFile("its records overlap", [])
                 if not any(record.CRC for record in records):

@@ -97,7 +97,7 @@ ZIPPED, TENSORS = io.BytesIO(), safetensors.torch.save(random_weights(3))
 torch.save(CONTENT, ZIPPED)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, len(ZIPPED.getvalue()) - 1), st.integers(0, 7))
 def test_any_flipped_bit_of_an_archive_is_found_or_harmless(tmp_path: Path, position: int, bit: int) -> None:
     path = tmp_path / "flipped.pth"
@@ -109,6 +109,16 @@ def test_any_flipped_bit_of_an_archive_is_found_or_harmless(tmp_path: Path, posi
         assert str(path) in str(e) and "\n" not in str(e)
 
 
+def test_a_record_that_becomes_a_folder_is_found(saved: Callable[..., Path]) -> None:
+    """One bit in the list of records, at which torch reads nothing and gives a tensor of whatever is in memory."""
+    path = saved(CONTENT)
+    whole, place = path.read_bytes(), 0
+    while (place := whole.find(b"PK\x01\x02", place + 1)) > 0:
+        path.write_bytes(flipped(whole, place + 38, 4))
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(path)
+
+
 @pytest.mark.parametrize("checksum", [True, False])
 def test_any_flipped_bit_of_safetensors_is_found_where_there_is_a_checksum(tmp_path: Path, checksum: bool) -> None:
     (tmp_path / "source.safetensors").write_bytes(TENSORS)
@@ -116,14 +126,14 @@ def test_any_flipped_bit_of_safetensors_is_found_where_there_is_a_checksum(tmp_p
     convert(tmp_path / "source.safetensors", whole, "safetensors")
     data, path = whole.read_bytes() if checksum else TENSORS, tmp_path / "flipped.safetensors"
     found = silent = 0
-    for position in range(len(data)):
+    for position in range(0, len(data), 3):
         path.write_bytes(flipped(data, position, position % 8))
         try:
             silent += not equal(read_checkpoint(path), random_weights(3))
         except UserError as e:
             found += 1
             assert str(path) in str(e) and "\n" not in str(e)
-    assert found > len(data) // 4
+    assert found > len(data) // 12
     assert (silent == 0) == checksum, "the format itself has no checksum"
 
 
@@ -269,7 +279,7 @@ NAMES = ["epoch", "arch", "args", "data_config", "class_to_idx", "optimizer", "n
 NAMES += ["state_dict", "state_dict_ema", "model_ema", "task_state", "version", "saver", "lr_scheduler", "\ud800", 7]
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(NAMES), ODD | st.just(torch.arange(3)), max_size=6))
 def test_entries_of_any_kind_are_told_or_refused(tmp_path: Path, odd: dict[Any, Any]) -> None:
     """A file may hold anything under the names that checkpoints use."""
@@ -342,6 +352,11 @@ def test_tensors_larger_than_their_file_are_refused(saved: Callable[..., Path]) 
     for action in (inspect, verify):
         with pytest.raises(UserError, match="4,000,000,000,000 bytes, which it does not hold"):
             action(path)
+    tensor = torch.ones(1000)
+    path = saved({"state_dict": {str(i): tensor for i in range(1000)}})
+    for action in (inspect, verify):
+        with pytest.raises(UserError, match="4,000,000 bytes, which it does not hold"):
+            action(path)
 
 
 def test_a_file_that_refers_to_itself(saved: Callable[..., Path]) -> None:
@@ -359,9 +374,9 @@ def test_deep_nesting(saved: Callable[..., Path]) -> None:
     with zipfile.ZipFile(path) as file:
         records = {name: file.read(name) for name in file.namelist()}
     (name,) = (name for name in records if name.endswith("data.pkl"))
-    records[name] = records[name].replace(b"K\x00u", b"]" * 50_000 + b"a" * 49_999 + b"u")
+    records[name] = records[name].replace(b"K\x00u", b"]" * 5_000 + b"a" * 4_999 + b"u")
     path = archive(path, records)
-    for _ in range(49_999):
+    for _ in range(4_999):
         deep = [deep]
     assert len(read_checkpoint(path)["deep"]) == 1 and verify(path).tensors == 1
     assert inspect(path).entries[1].holds == "list of 1"

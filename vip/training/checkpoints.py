@@ -2,19 +2,19 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from vip.errors import UserError
-from vip.files import check_records, replacing
+from vip.files import check_records, replacing, save
 from vip.training.saver import RECOVERY
 from vip.training.weights import (
     CHECKSUM,
@@ -179,7 +179,9 @@ class Checkpoint:
 
     def weights(self, use_ema: bool | None) -> StateDict:
         """As `state_dict_of`, without gradients."""
-        return {name: tensor.detach() for name, tensor in state_dict_of(self.content, use_ema, self.path).items()}
+        weights = state_dict_of(self.content, use_ema, self.path)
+        _check_size(self.path, weights.values())
+        return {name: tensor.detach() for name, tensor in weights.items()}
 
     @property
     def args(self) -> dict[str, Any]:
@@ -203,17 +205,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: If it is missing, damaged, or holds other tensors than its file has values for.
     """
     content = read_checkpoint(path)
-    total = 0
     for name, tensor in _tensors(content):
         if not _is_dense(tensor):
             raise UserError(f"{path} holds {name!r}, which is no dense tensor of numbers; save it as one.")
-        total += tensor.numel() * tensor.element_size()
-    if total > _COPIES * path.stat().st_size:
-        raise UserError(f"{path} is refused: its tensors would take {total:,} bytes, which it does not hold.")
+    _check_size(path, (tensor for _, tensor in _tensors(content)))
     if path.suffix == ".safetensors":
         return Checkpoint(path, {**_metadata(path), "state_dict": content}, {})
     sets = weight_sets(content)
     return Checkpoint(path, content if sets else {"state_dict": content}, sets)
+
+
+def _check_size(path: Path, tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse numbers that are stored once and stand for many, before anything is computed with them."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if total > _COPIES * path.stat().st_size:
+        raise UserError(f"{path} is refused: its tensors would take {total:,} bytes, which it does not hold.")
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -561,7 +567,7 @@ def convert(
     sets = source.sets or {"plain": "state_dict"}
     if layout == "published":
         states = {ENTRIES[kind][0]: source.weights(kind == "averaged") for kind in sets}
-        _write(output, layout, {**facts, **states})
+        _write(output, layout, {**facts, **states}, {})
     else:
         kind = "plain" if use_ema is False else next(iter(sets))
         sets = {kind: sets[kind]}
@@ -572,21 +578,18 @@ def convert(
     return Written(kinds, len(weights) * len(sets), output.stat().st_size, left_out)
 
 
-def _write(output: Path, layout: str, content: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
+def _write(output: Path, layout: str, content: dict[str, Any], facts: dict[str, Any]) -> None:
     try:
+        if layout != "safetensors":
+            return save(content, output)
+        if "__metadata__" in content:  # of which safetensors would make a file that it cannot read
+            raise ValueError("no tensor in safetensors can be called __metadata__")
+        # the format has no shared memory
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
+        metadata = {"format": "pt", **{name: str(value) for name, value in facts.items()}}
+        data = safetensors.torch.save(tensors, {**metadata, CHECKSUM: tensors_checksum(tensors)})
         with replacing(output) as path:
-            if layout == "safetensors":
-                if "__metadata__" in content:  # of which safetensors would make a file that it cannot read
-                    raise ValueError("no tensor in safetensors can be called __metadata__")
-                tensors = {
-                    name: tensor.clone(memory_format=torch.contiguous_format)  # the format has no shared memory
-                    for name, tensor in content.items()
-                }
-                metadata = {"format": "pt", **{name: str(value) for name, value in (facts or {}).items()}}
-                # save_file would make a file that other users cannot read
-                path.write_bytes(save(tensors, {**metadata, CHECKSUM: tensors_checksum(tensors)}))
-            else:
-                torch.save(content, path)
+            path.write_bytes(data)  # safetensors would make a file that other users cannot read
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as e:  # torch and safetensors raise them all
         reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
         raise UserError(f"Cannot write {output} ({reason}).") from e
