@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import mmap
 import os
 import pickle
 import re
@@ -115,13 +116,7 @@ def check_records(path: str | Path) -> bool:
         name = "the list of its records"
         try:
             with zipfile.ZipFile(file) as archive:
-                records = archive.infolist()
-                if any(record.compress_type or record.compress_size != record.file_size for record in records):
-                    raise UnreadableFile("it holds compressed records, and torch writes none", [])
-                if any(record.is_dir() or record.external_attr & 0x10 for record in records):
-                    raise UnreadableFile("a record is marked as a folder, of which torch reads nothing", [])
-                if sum(record.file_size for record in records) > os.path.getsize(path):
-                    raise UnreadableFile("its records overlap", [])
+                records = _stored_records(archive, os.path.getsize(path))
                 if not any(record.CRC for record in records):
                     return False
                 for record in records:
@@ -136,19 +131,47 @@ def check_records(path: str | Path) -> bool:
         return True
 
 
+def _stored_records(archive: zipfile.ZipFile, size: int) -> list[zipfile.ZipInfo]:
+    """The records of an archive of torch, which together are no larger than the file is."""
+    records = archive.infolist()
+    if any(record.compress_type or record.compress_size != record.file_size for record in records):
+        raise UnreadableFile("it holds compressed records, and torch writes none", [])
+    if any(record.is_dir() or record.external_attr & 0x10 for record in records):
+        raise UnreadableFile("a record is marked as a folder, of which torch reads nothing", [])
+    if sum(record.file_size for record in records) > size:
+        raise UnreadableFile("its records overlap", [])
+    return records
+
+
+def _refuse_bombs(path: str | Path) -> None:
+    """Refuse a file that `torch.load` would unpack to more than it is."""
+    with open(path, "rb") as file:
+        if not (size := os.path.getsize(path)):
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"\nbytearray\n") >= 0:  # the one thing that torch allows and that takes what it is told
+                raise UnreadableFile("it holds a bytearray, which may be of any size", [])
+        if file.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(file) as archive:
+                _stored_records(archive, size)
+
+
 def load_without_code(path: str | Path) -> Any:
     """Read what `torch.save` wrote, onto the CPU, without running code that the file may hold.
+
+    Takes no more memory than is in proportion to the file, whatever it claims to hold.
 
     Raises:
         UnreadableFile: If it is damaged, or would run code.
         FileNotFoundError: If there is no such file.
     """
     try:
+        _refuse_bombs(path)
         # timm's checkpoints hold their args as a namespace; torch's warnings advise to allow more
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, UnreadableFile):
         raise
     except Exception as e:  # bytes that torch has not written make its readers raise nearly anything
         code = sorted(set(re.findall(r"(?:GLOBAL |(?:class|function) (?=\w+\.))([\w.]*\w)", str(e))))

@@ -59,7 +59,7 @@ def test_round_trip(tmp_path: Path, shape: tuple[int, int, int]) -> None:
 
 
 def test_every_index_that_float16_holds_exactly(tmp_path: Path) -> None:
-    indices = torch.arange(EXACT_CLASSES + 1, dtype=torch.int32).reshape(1, 1, -1)
+    indices = torch.arange(EXACT_CLASSES + 1, dtype=torch.int32).reshape(-1, 1, 1)
     write_map(tmp_path / "a" / "x.pt", LabelMap(torch.zeros(indices.shape).half(), indices))
     assert FolderMaps(tmp_path).read("a/x").indices.equal(indices)  # type: ignore[union-attr]
     assert int((indices + 1).half().max()) == EXACT_CLASSES  # the next one would be another class

@@ -4,10 +4,24 @@ import warnings
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 # Pillow's own limit for "certainly an attack", twice its limit for a warning: about 179 megapixels.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+# Resizing the shorter side of a strip to that of a crop makes the longer one as much longer.
+MAX_ASPECT = 256
+# Pillow's other formats are no photographs; EPS it would hand to Ghostscript, which runs the program that EPS is.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "BMP",
+    "WEBP",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    *(["AVIF"] if "avif" in features.modules else []),
+)
 
 
 class UnreadableImage(Exception):
@@ -24,7 +38,8 @@ def decode_image(file: IO[bytes], mode: str = "RGB") -> Image.Image:
         mode: PIL mode of the result.
 
     Raises:
-        UnreadableImage: If the file is damaged or no image, or has more than `MAX_PIXELS` pixels.
+        UnreadableImage: If the file is damaged, is of none of the `FORMATS`, has more than `MAX_PIXELS` pixels, or is
+            longer than `MAX_ASPECT` times its width.
     """
     try:
         with warnings.catch_warnings():
@@ -35,16 +50,20 @@ def decode_image(file: IO[bytes], mode: str = "RGB") -> Image.Image:
     except UnidentifiedImageError as e:
         raise UnreadableImage("no image, or of an unknown format") from e
     except Exception as e:  # a damaged file makes decoders raise nearly anything; all of it means: unreadable
-        raise UnreadableImage(f"{type(e).__name__}: {e}") from e
+        raise UnreadableImage(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
 
 
 def _decode(file: IO[bytes], mode: str) -> Image.Image:
-    image: Image.Image = Image.open(file)
+    image: Image.Image = Image.open(file, formats=FORMATS)
+    size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} are refused")
+        raise UnreadableImage(f"{size}, more than {MAX_PIXELS} are refused")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise UnreadableImage(f"{size}, strips of more than {MAX_ASPECT} to 1 are refused")
     if image.mode.startswith("I"):
-        pixels = np.asarray(image)
+        pixels = np.asarray(image, np.float32)  # of which large images leave room for no more copies
         # Mode I is 32 bits wide and holds whatever depth the file had.
-        pixels = pixels / np.float32(257) if image.mode != "I" or pixels.max() > 255 else pixels
-        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+        if image.mode != "I" or pixels.max() > 255:
+            pixels /= 257
+        image = Image.fromarray(pixels.clip(0, 255, out=pixels).round(out=pixels).astype(np.uint8))
     return image.convert(mode)

@@ -7,9 +7,9 @@ The packed one (see `vip.token_labels.packing`) holds the same in a few large fi
 """
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +23,7 @@ from vip.token_labels.geometry import Region
 RECORD = "label_maps.json"
 CROP_MODES = ("center", "squash", "border")
 EXACT_CLASSES = 2048  # float16 holds every class index below exactly
+MOST_LOGITS = 2**20  # of a map, were it a square of its longer side: as many does training read of it
 
 
 class LabelMap(NamedTuple):
@@ -83,9 +84,10 @@ class MapRecord:
 
     def _check(self) -> None:
         rows, columns = self.region.img_size
-        known = self.region.crop_mode in CROP_MODES
-        if not (rows > 0 and columns > 0 and 0 < self.region.crop_pct < math.inf and known):
-            raise ValueError(f"no such region: {self.region}")
+        sized = all(isinstance(n, int) and 1 <= n <= 2**16 for n in (rows, columns))
+        cropped = 0.01 <= self.region.crop_pct <= 2 and self.region.crop_mode in CROP_MODES  # as --crop-pct
+        if not (sized and cropped):
+            raise ValueError(f"no such region: {reprlib.repr(self.region)}")
         if not (self.num_classes is None or (isinstance(self.num_classes, int) and self.num_classes > 0)):
             raise ValueError(f"num_classes is {self.num_classes!r}")
         names = self.classes or []
@@ -93,6 +95,20 @@ class MapRecord:
             isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)
         ):
             raise ValueError("classes are no list of names")
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Refuse a map that training could not hold.
+
+    Args:
+        shape: The map's k, H and W.
+
+    Raises:
+        ValueError: If it is too large, or none.
+    """
+    k, height, width = shape
+    if min(shape) < 1 or k * max(height, width) ** 2 > MOST_LOGITS:
+        raise ValueError(f"{k}x{height}x{width} logits, more than training takes ({MOST_LOGITS})")
 
 
 class LabelMaps(Protocol):
@@ -153,9 +169,14 @@ def _split(content: Any, path: Path) -> LabelMap:
     """Check a tensor in the published layout."""
     found = type(content).__name__
     if isinstance(content, torch.Tensor) and content.layout is torch.strided and not content.is_meta:
+        content = torch.detach(content)  # without attributes of its own, which may be called as its methods are
         found = f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)}"
         if content.dtype is torch.float16 and content.ndim == 4 and len(content) == 2 and content.numel():
-            values, indices = content.detach()
+            try:
+                check_shape(content.shape[1:])
+            except ValueError as e:
+                raise UserError(f"The label map {path} has {e}; generate it with a lower --top-k or --img-size.") from e
+            values, indices = content
             if not values.isfinite().all():
                 raise UserError(f"The label map {path} holds logits that are not finite; generate it again.")
             if not (indices.isfinite() & (indices >= 0) & (indices == indices.floor())).all():

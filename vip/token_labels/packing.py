@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from vip.errors import UserError
 from vip.files import replacing
-from vip.token_labels.maps import DamagedMap, LabelMap, MapRecord
+from vip.token_labels.maps import DamagedMap, LabelMap, MapRecord, check_shape
 
 SHARD_MAPS = 10_000
 
@@ -108,7 +108,8 @@ def _decode_key(key: bytes) -> str:
 def _check_index(
     shape: tuple[int, ...], offsets: np.ndarray, keys: np.ndarray, data_type: str, data_shape: Sequence[int]
 ) -> None:
-    if min(shape) < 1 or (offsets.dtype, keys.dtype, data_type) != (np.int64, np.uint8, "U8"):
+    check_shape(shape)
+    if (offsets.dtype, keys.dtype, data_type) != (np.int64, np.uint8, "U8"):
         raise ValueError("it holds something else")
     if keys.ndim != 2 or keys.size == 0 or offsets.shape != (len(keys) + 1,):
         raise ValueError("its keys do not fit its index")

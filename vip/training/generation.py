@@ -27,6 +27,7 @@ from vip.token_labels.maps import (
     FolderMaps,
     LabelMap,
     MapRecord,
+    check_shape,
     map_keys,
 )
 from vip.token_labels.packing import shards_in
@@ -191,6 +192,10 @@ def _check_maps_there(root: Path, record: MapRecord | None, shape: tuple[int, ..
 
 def _open_writer(config: GenerateConfig, images: IndexedImages, annotator: Annotator, runtime: Runtime) -> Writer:
     root = Path(str(config.token_label_root))
+    try:
+        check_shape((annotator.top_k, *annotator.layout.grid))
+    except ValueError as e:
+        raise UserError(f"The label maps would have {e}: choose a lower --top-k or --img-size.") from e
     try:
         lowest = next(path for path in (root, *root.parents) if path.exists())
     except OSError as e:  # such as a name that is too long
