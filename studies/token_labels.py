@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from vip.files import replacing
+
 WAYS = ("class labels", "token labels")
 
 
@@ -38,7 +40,7 @@ def main() -> None:
                 dense = ("--token-label", "--token-label-data", maps) if labels == WAYS[1] else ()
                 _train(args, run, model, seed, *_epochs(args.epochs), *dense)
                 rows.append({"model": model, "labels": labels, "seed": seed, **_validate(args, run)})
-    with open(output / "results.csv", "w", newline="", encoding="utf-8") as file:
+    with replacing(output / "results.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)

@@ -148,13 +148,52 @@ def test_killed_while_saving(moment: str, colours: Path, tmp_path: Path, monkeyp
                 train(config)
             except Killed:
                 pass
-            except UserError as e:
-                assert "Nothing is left" in str(e)
-    try:
-        train(config)
-    except UserError as e:
-        assert "Nothing is left" in str(e)
+    train(config)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["_duplicate", "_track_checkpoint"])
+def test_killed_while_saving_the_last_epoch(moment: str, colours: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {**RANDOM, "epochs": 1}
+    train(quick(colours, tmp_path, **options, experiment="whole"))
+    config = quick(colours, tmp_path, **options)
+    with killed_in(moment, 1, monkeypatch), pytest.raises(Killed):
+        train(config)
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train(config)  # a scheduler may start what has ended
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_state_is_chosen_by_what_it_holds(colours: Path, tmp_path: Path, caplog) -> None:
+    """Copies of a folder have other times."""
+    config = quick(colours, tmp_path, **{**RANDOM, "epochs": 3})
+    train(config)
+    os.utime(tmp_path / "run/checkpoint-0.pth.tar", (2**33, 2**33))
+    train(config)
+    assert "Nothing is left to train: epoch 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"checkpoint_files": [("../victim.txt", 0.0)] * 20},
+        {"checkpoint_files": [("/victim.txt", 0.0)] * 20},
+        {"pending": ("/../../victim.txt", 99.0)},
+    ],
+    ids=["relative", "absolute", "pending"],
+)
+def test_files_that_a_checkpoint_names_are_its_own(hostile: dict, colours: Path, tmp_path: Path) -> None:
+    """timm removes what a checkpoint lists as older ones."""
+    train(quick(colours, tmp_path, **{**RANDOM, "epochs": 1}))
+    victim, last = tmp_path / "victim.txt", tmp_path / "run/last.pth.tar"
+    victim.write_text("precious")
+    content = torch.load(last, weights_only=True)
+    content["saver"].update(hostile)
+    torch.save(content, last)
+    with pytest.raises(UserError, match="lists the checkpoints of its run"):
+        train(quick(colours, tmp_path, **{**RANDOM, "epochs": 2}))
+    assert victim.read_text() == "precious"
 
 
 def test_damaged_state_falls_back_to_the_one_before(colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
@@ -192,6 +231,25 @@ def test_other_batches_need_to_be_asked_for(colours: Path, tmp_path: Path, monke
     assert "at epoch 0, sample 16" in caplog.text
     steps = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Epoch 0/2 [")]
     assert [step.partition("]")[0] for step in steps] == ["Epoch 0/2 [1/3", "Epoch 0/2 [2/3", "Epoch 0/2 [3/3"]
+
+
+@pytest.mark.parametrize("options", [{"lr_base": 1e-3}, {"sched_on_updates": True}], ids=["lr-base", "updates"])
+def test_other_batches_rescale_nothing(options: dict, colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """The rate after the change is what the schedule has for that part of the epoch, at the base of before."""
+    common: dict[str, Any] = {**RANDOM, **options, "lr_noise": None, "epochs": 4}
+    caplog.set_level("INFO")
+    with stopped_at(26, monkeypatch), pytest.raises(Killed):  # in the middle of the third epoch
+        train(quick(colours, tmp_path, **common, log_interval=1))
+    before = rates(caplog)[-1]
+    caplog.clear()
+    with stopped_at(3, monkeypatch), pytest.raises(Killed):
+        train(quick(colours, tmp_path, **{**common, "batch_size": 8}, resume_elastic=True, log_interval=1))
+    assert rates(caplog)[0] == pytest.approx(before, rel=0.15)
+
+
+def rates(caplog: pytest.LogCaptureFixture) -> list[float]:
+    lines = [r.getMessage() for r in caplog.records if "] lr " in r.getMessage()]
+    return [float(line.partition("] lr ")[2].partition(",")[0]) for line in lines]
 
 
 def test_other_batches_forget_no_sample(colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:

@@ -77,7 +77,7 @@ def test_restarts_without_resume_are_refused(colours: Path, tmp_path: Path) -> N
 @needs_proc
 @pytest.mark.parametrize("rank", [0, 1])
 def test_process_that_hangs_is_named(rank: int, colours: Path, tmp_path: Path) -> None:
-    flags = flags_of(tmp_path, "run", "-b", "4", "-j", "0", "--dist-timeout", "6", "--epochs", "100")
+    flags = flags_of(tmp_path, "run", "-b", "4", "-j", "0", "--dist-timeout", "20", "--epochs", "100")
     run = start("./distributed_train.sh", 2, colours, *flags)
     read_until(run, "] lr", 3)
     signal_rank(run.pid, rank, signal.SIGSTOP)
@@ -130,3 +130,22 @@ def test_loader_process_that_dies_names_the_file(pipe: Path, tmp_path: Path) -> 
     assert run.returncode == 2
     assert "Process 0 lost a loader process, which " in log, log
     assert f"loader process {worker} was reading {pipe}" in log and "Traceback" not in log
+
+
+@needs_proc
+def test_error_ends_the_loader_processes_too(colours: Path, tmp_path: Path) -> None:
+    """A worker that multiprocessing's one SIGTERM does not end must not keep the run from ending."""
+    code = (
+        "import resource, signal, sys, vip.cli, vip.cli.train\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))\n"
+        "keep = []\n"
+        "import torch.utils.data.dataloader as d\n"
+        "init = d._MultiProcessingDataLoaderIter.__init__\n"
+        "d._MultiProcessingDataLoaderIter.__init__ = lambda self, *a: (keep.append(self), init(self, *a))[1]\n"
+        "sys.exit(vip.cli.run('train.py', vip.cli.train.main))\n"
+    )
+    flags = flags_of(tmp_path, "run", "-b", "8")
+    run = start(sys.executable, "-c", code, colours, *flags)
+    _, log = run.communicate(timeout=200)
+    assert run.returncode == 2 and "Cannot save" in log, log

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,11 @@ def test_full_disk_lets_the_run_go_on_when_asked_to(colours: Path, tmp_path: Pat
     train(quick(colours, tmp_path, epochs=4, experiment="whole"))
     with quota(2**40):
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        limited = lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))  # noqa: E731
-        at_epoch(monkeypatch, {1: limited(100), 2: limited(100_000), 3: limited(2**40)})
+        sizes = {1: 100, 2: 100_000, 3: 2**40}
+        actions = {e: partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, limit)) for e, size in sizes.items()}
+        at_epoch(monkeypatch, actions)
         train(quick(colours, tmp_path, epochs=4, on_save_error="continue"))
-    warnings = [record.getMessage() for record in caplog.records if "The run goes on" in record.getMessage()]
+    warnings = [record.getMessage() for record in caplog.records if "the next save tries again" in record.getMessage()]
     assert sum("Cannot save" in text for text in warnings) == 2 and len(warnings) >= 3, "two checkpoints and a result"
     weights = [
         torch.load(tmp_path / name / "last.pth.tar", weights_only=True)["state_dict"] for name in ("run", "whole")
@@ -96,7 +98,7 @@ def test_vanished_folder(choice: str, colours: Path, tmp_path: Path, monkeypatch
             train(config)
     else:
         train(config)
-        assert "The run goes on" in caplog.text
+        assert "the next save tries again" in caplog.text
 
 
 def test_failed_save_is_noticed_before_the_next(colours: Path, tmp_path: Path, monkeypatch) -> None:

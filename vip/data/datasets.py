@@ -93,6 +93,7 @@ class ReadableImageDataset(ImageDataset):
                 self._skip(sample, e)
                 if self.is_training:
                     continue
+                note[:] = -1, -1
                 return None
             if self.target_transform is not None:
                 target = self.target_transform(target)

@@ -4,11 +4,14 @@ timm's `create_loader` picks the sampler itself; here the order of training imag
 processes (so two processes at batch 16 see what one sees at 32), and evaluation visits every image exactly once.
 """
 
+import atexit
 import logging
+import multiprocessing.util
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -196,7 +199,7 @@ def naming_lost_workers(rank: int, *datasets: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if "DataLoader" not in str(e):
+        if not re.match(r"DataLoader (worker \(pid|timed out)", str(e)):  # an error in a worker has other words before
             raise
         files = {pid: file for data in datasets for pid, file in getattr(data, "files_being_read", dict)().items()}
         if "timed out" in str(e):
@@ -215,11 +218,22 @@ def naming_lost_workers(rank: int, *datasets: Any) -> Iterator[None]:
 
 def _kill(workers: Iterable[int]) -> None:
     """End loader processes that may hang in a system call, and would hang the end of this process."""
-    if hasattr(signal, "SIGCHLD"):
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise another error for each
     for pid in workers:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
+
+
+def _end_loader_processes() -> None:
+    """End what still lives when this process ends with an error.
+
+    multiprocessing sends one SIGTERM, which they outlive, and would wait for them for ever.
+    """
+    _kill([child.pid for child in multiprocessing.active_children() if child.daemon and child.pid])
+
+
+atexit.register(_end_loader_processes)  # after multiprocessing's own, and so called before it
 
 
 def create_eval_loader(

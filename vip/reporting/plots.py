@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vip.errors import UserError
+from vip.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +44,10 @@ def save_figure(figure: "Figure", path: str | Path) -> list[Path]:
     files = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(files[0], dpi=150)
-        figure.savefig(files[1], metadata={"Date": None})
+        with replacing(files[0]) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=150)
+        with replacing(files[1]) as unfinished:
+            figure.savefig(unfinished, format="svg", metadata={"Date": None})
     except OSError as e:
         raise UserError(f"Cannot write the picture {path} ({e.strerror}); choose another folder.") from e
     return files

@@ -1,7 +1,8 @@
 """Per-epoch results of a run: timm's `summary.csv`, and TensorBoard and Weights & Biases on request."""
 
+import csv
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,14 @@ class Summary:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as e:
-            raise SaveError(f"Cannot write the results to {self.path.parent} ({e.strerror}).") from e
+        except (OSError, ValueError, csv.Error) as e:  # the latter two where the file holds something else
+            reason = getattr(e, "strerror", None) or e
+            raise SaveError(f"Cannot write the results to {self.path.parent} ({reason}).") from e
 
     def close(self) -> None:
         """Finish the loggers."""
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with suppress(OSError):  # of which the write before has told
+                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()

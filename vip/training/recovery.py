@@ -100,7 +100,7 @@ class RecoveryPoints:
             Preempted: If one of them was told to.
         """
         if self.leaving:
-            raise Preempted(f"Stopped by {self.leaving}; the state is saved, continue it with --resume auto.")
+            raise Preempted(f"Stopped by {self.leaving}; continue with --resume auto.")
 
     def finish_epoch(self) -> None:
         """Leave if a process was told to since its last update, as during a validation.

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -66,17 +67,29 @@ def find_state(config: TrainConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _newest_state(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The newest checkpoint of a run that is whole, empty if the run has none yet."""
-    names = [folder / RECOVERY, folder / "last.pth.tar", *folder.glob("checkpoint-*.pth.tar")]
-    states = sorted((path for path in names if path.exists()), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in states:
-        try:
-            return str(path), read_checkpoint(path)
-        except UserError as e:
-            _logger.warning(f"{e} The state before it is taken.")
-    if states:
+    """The checkpoint of a run that is whole and furthest, whatever times the files have; empty if it has none yet."""
+    numbered = sorted(folder.glob("checkpoint-*.pth.tar"), key=lambda path: (len(path.name), path.name), reverse=True)
+    damaged = False
+    for names in ([folder / RECOVERY, folder / "last.pth.tar"], *([path] for path in numbered)):
+        found = []
+        for path in names:
+            try:
+                found += [(str(path), read_checkpoint(path))] if path.exists() else []
+            except UserError as e:
+                damaged = True
+                _logger.warning(f"{e} The state before it is taken.")
+        if found:
+            return max(found, key=lambda state: progress_of(state[1]))
+    if damaged:
         raise UserError(f"No checkpoint in {folder} can be read; begin the run again in another --experiment.")
     return "", {}
+
+
+def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """How far a training state is: epochs that ended, and samples of the next."""
+    epoch, position = checkpoint.get("epoch"), checkpoint.get("position")
+    samples = position.get("samples") if isinstance(position, dict) else 0
+    return epoch if isinstance(epoch, int) else -1, samples if isinstance(samples, int) else 0
 
 
 def refuse_existing_run(folder: Path) -> None:
@@ -115,6 +128,8 @@ def open_folder(folder: Path, config: dict[str, Any], needed_bytes: int, patienc
             free = shutil.disk_usage(folder).free
         except OSError as e:
             raise UserError(f"Cannot write to {folder} ({e.strerror}); choose another place with --output.") from e
+        there = {path.stat().st_ino: path.stat().st_size for path in folder.glob("*.pth.tar")}
+        needed_bytes -= sum(there.values())  # they take the places of others
         if free < needed_bytes:
             raise UserError(
                 f"The checkpoints of this run need {needed_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB "
@@ -158,7 +173,7 @@ def save_errors(on_save_error: str) -> Iterator[None]:
     except SaveError as e:
         if on_save_error == "stop":
             raise
-        _logger.warning(f"{e} The run goes on, as --on-save-error says, and tries again at the next save.")
+        _logger.warning(f"{e} As --on-save-error says, the next save tries again.")
 
 
 def _copied(value: Any) -> Any:
@@ -172,6 +187,19 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
     return value
+
+
+def _check_bookkeeping(kept: Any) -> tuple[int, float | None]:
+    """Epoch and metric of the save; raises unless all files it names are numbered checkpoints, which may be removed."""
+    for name, metric in kept["checkpoint_files"]:
+        if not re.fullmatch(r"checkpoint-\d+\.pth\.tar", name) or not isinstance(metric, float | None):
+            raise ValueError
+    epoch, metric = kept["pending"]
+    if not isinstance(epoch, int) or not isinstance(metric, float | None):
+        raise TypeError
+    if not isinstance(kept["best_epoch"], int | None) or not isinstance(kept["best_metric"], float | None):
+        raise TypeError
+    return epoch, metric
 
 
 class RunSaver(CheckpointSaver):
@@ -261,11 +289,19 @@ class RunSaver(CheckpointSaver):
 
     def continue_from(self, path: str) -> None:
         """Take up the bookkeeping of a run, and finish it where the run was stopped in the middle of it."""
-        self.load_state_dict_from_checkpoint(path)
+        kept = load_checkpoint_metadata(path).get("saver")
+        if kept is None:
+            return  # of another program
+        try:
+            epoch, metric = _check_bookkeeping(kept)
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{path} lists the checkpoints of its run in no way of ours; use it with --finetune."
+            ) from e
+        self.load_state_dict(kept)
         if Path(path).name == RECOVERY:
             return
-        epoch, metric = load_checkpoint_metadata(path).get("saver", {}).get("pending", (None, None))
-        if epoch is None:
+        if metric is None:
             return
         if self._checkpoint_path(epoch) not in [file for file, _ in self.checkpoint_files]:
             self.save_after_epoch(epoch, metric)

@@ -57,6 +57,7 @@ from vip.training.saver import (
     find_state,
     load_scheduler_state,
     open_folder,
+    progress_of,
     refuse_existing_run,
     run_folder,
     save_errors,
@@ -249,14 +250,19 @@ class Trainer:
         self.first_sample = 0
         if self.resumed:
             self.first_sample = resume(self.state, checkpoint, self.resumed, config, runtime.world_size)
+            if config.resume_elastic:  # in updates of the present size, by which schedules go
+                self.state.updates = self.state.epoch * updates + self.state.batch // config.grad_accum_steps
         if self.state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
             _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
             self.state.batch, self.state.loss_sum, self.state.samples_before = 0, 0.0, 0
-        if config.start_epoch is not None:
+        if config.start_epoch is not None and not (self.resumed and config.resume == "auto"):
             self.state.epoch, self.state.batch, self.state.loss_sum = config.start_epoch, 0, 0.0
             self.first_sample = self.state.samples_before = 0
         if self.state.epoch >= self.epochs:
-            raise UserError(f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs.")
+            message = f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs."
+            if config.resume != "auto":
+                raise UserError(message)
+            _logger.warning(message)  # a scheduler may start a run that has ended, which is no mistake
         self.state.updates = self.state.updates or self.state.epoch * updates
         if scheduler is not None and self.state.epoch:
             if config.sched_on_updates:
@@ -277,18 +283,22 @@ class Trainer:
         found: tuple[str, dict[str, Any]] = ("", {})
         if self.runtime.is_primary:
             found = find_state(self.config)
+            self.resumed_file: Any = os.stat(found[0]) if found[0] else None
         if not self.runtime.distributed:
             return found
-        path = [found[0]]
-        dist.broadcast_object_list(path)
-        if self.runtime.is_primary or not path[0]:
+        chosen: list[Any] = [found[0], progress_of(found[1])]
+        dist.broadcast_object_list(chosen)
+        path, progress = chosen
+        if self.runtime.is_primary or not path:
             return found
-        if not Path(path[0]).exists():
+        if Path(path).exists():
+            found = path, read_checkpoint(path)
+        if progress_of(found[1]) != progress:
             raise UserError(
-                f"Process {self.runtime.rank} sees no {path[0]}, from which process 0 continues: --output has to be a "
-                "folder that all nodes share."
+                f"Process {self.runtime.rank} does not see the {path} from which process 0 continues: --output has to "
+                "be a folder that all nodes share, and no other run may write to."
             )
-        return path[0], read_checkpoint(path[0])
+        return found
 
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
@@ -334,6 +344,7 @@ class Trainer:
         if not continued:
             refuse_existing_run(folder)
         with open_folder(folder, recipe, checkpoint_bytes(state, kept)):
+            self._refuse_other_runs(folder, continued)
             about = {"arch": self.arch, "data_config": self.data_config, "class_to_idx": self.class_to_idx}
             batches = batches_of(config, self.runtime.world_size)
             saver = RunSaver(state, folder, config, {**about, "args": args}, batches)
@@ -342,6 +353,13 @@ class Trainer:
             summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
             with closing(summary), closing(saver), log_to_file(folder / "train.log"):
                 yield Outputs(folder, saver, summary)
+
+    def _refuse_other_runs(self, folder: Path, continued: bool) -> None:
+        """Refuse what another process has written while this one was waiting for the folder."""
+        if not continued:
+            refuse_existing_run(folder)
+        elif not Path(self.resumed).exists() or not os.path.samestat(os.stat(self.resumed), self.resumed_file):
+            raise UserError(f"Another process went on with {folder} while this one was starting: start it again.")
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
         batches = len(loader) if hasattr(loader, "__len__") else None
@@ -371,6 +389,8 @@ class Trainer:
         def save() -> None:
             if outputs is not None:
                 outputs.saver.save_within_epoch()
+                if self.recovery.leaving:
+                    outputs.saver.wait()
 
         with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
             metrics = train_one_epoch(
@@ -459,7 +479,7 @@ def _in_chans(config: TrainConfig) -> int:
 def _check(config: TrainConfig) -> None:
     """Refuse options that contradict each other."""
     check_compile_backend(config.torchcompile)
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.resume:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.resume != "auto":
         raise UserError(
             "torchrun would begin the run anew where it restarts it: add --experiment NAME --resume auto, or leave out "
             "--max-restarts (MAX_RESTARTS)."
@@ -514,6 +534,9 @@ def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, upd
         ) from e
 
 
+_STATE_TYPES = {"epoch": int, "num_updates": int, "optimizer": dict, "lr_scheduler": dict, "position": dict}
+
+
 def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: TrainConfig, world_size: int) -> int:
     """Continue from a checkpoint: weights, their average, optimizer, loss scale, schedule and counters.
 
@@ -532,6 +555,10 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: Tra
     """
     if "optimizer" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path} holds weights and no training state; start from it with --initial-checkpoint.")
+    for name, kind in _STATE_TYPES.items():
+        if name in checkpoint and type(checkpoint[name]) is not kind:
+            found = type(checkpoint[name]).__name__
+            raise UserError(f"{path} holds {name} as {found}, expected {kind.__name__}; take another one of the run.")
     task: Any = state.task
     _load_task(task, checkpoint, path)
     if task.has_ema():
@@ -543,7 +570,7 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: Tra
             raise UserError(f"{path} was trained with --opt {opt}, not {config.opt}; add --no-resume-opt to change it.")
         try:
             state.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise UserError(f"{path} was trained with other parameter groups ({e}); add --no-resume-opt.") from e
         scaler = state.precision.scaler
         if scaler is not None and scaler.state_dict_key in checkpoint:
@@ -571,6 +598,9 @@ def _continue_epoch(
     state: TrainState, position: dict[str, Any], path: str, config: TrainConfig, world_size: int
 ) -> int:
     now = batches_of(config, world_size)
+    expected = {**dict.fromkeys((*now, "batch", "samples"), int), "loss_sum": float}
+    if any(type(position.get(name)) is not kind for name, kind in expected.items()):
+        raise UserError(f"{path} does not say where in its epoch it is; take another one of the run.")
     changed = [f"{name} {position[name]} then, {n} now" for name, n in now.items() if position[name] != n]
     if changed and not config.resume_elastic:
         raise UserError(
@@ -582,6 +612,8 @@ def _continue_epoch(
             f"Resuming with other batches ({'; '.join(changed)}): the learning rate stays {state.lr:.3g} and is not "
             "rescaled."
         )
+        if config.lr_base is not None and state.scheduler is not None:  # which would be scaled to the new batches
+            state.scheduler.base_values = [group["initial_lr"] for group in state.optimizer.param_groups]
     state.batch, state.loss_sum = position["batch"], position["loss_sum"]
     if changed:  # the average loss of the epoch is of the batches as they are counted now
         batch, state.samples_before = divmod(position["samples"], config.batch_size * world_size)
