@@ -160,9 +160,11 @@ def test_help(command: Callable[..., Outcome], capsys: pytest.CaptureFixture) ->
 
 # `vip`, which says so and waits when it opens a file of the name in LAST.
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 import vip.cli
 import vip.data.imagenet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background of a shell may ignore
 
 
 def hook(event, args):
