@@ -283,7 +283,7 @@ class Trainer:
         found: tuple[str, dict[str, Any]] = ("", {})
         if self.runtime.is_primary:
             found = find_state(self.config)
-            self.resumed_file: Any = os.stat(found[0]) if found[0] else None
+            self.resumed_file = _identity(found[0])
         if not self.runtime.distributed:
             return found
         chosen: list[Any] = [found[0], progress_of(found[1])]
@@ -358,7 +358,7 @@ class Trainer:
         """Refuse what another process has written while this one was waiting for the folder."""
         if not continued:
             refuse_existing_run(folder)
-        elif not Path(self.resumed).exists() or not os.path.samestat(os.stat(self.resumed), self.resumed_file):
+        elif _identity(self.resumed) != self.resumed_file:
             raise UserError(f"Another process went on with {folder} while this one was starting: start it again.")
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
@@ -470,6 +470,14 @@ class Outputs:
             raise SaveError(
                 f"Cannot write {self.folder / name} ({e.strerror}); make room, or leave out --save-images."
             ) from e
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one that takes its place; None where there is none."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns
 
 
 def _in_chans(config: TrainConfig) -> int:
