@@ -29,7 +29,7 @@ def run(program: str, command: Callable[[list[str]], int | None], argv: list[str
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # most mistakes hit all ranks alike; the first one's report ends the others before theirs
+            time.sleep(5)  # most mistakes hit all ranks alike; the first one's report ends the others before theirs
         print(f"{program}: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
