@@ -952,7 +952,6 @@ def full_disk(*args: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("kind", ["OSError", "RuntimeError"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_full_disk(
     generate: Generate,
@@ -963,7 +962,6 @@ def test_a_full_disk(
     small_shards: None,
     monkeypatch: pytest.MonkeyPatch,
     layout: str,
-    kind: str,
 ) -> None:
     """What is there stays, and the same command goes on."""
     import vip.token_labels.writers as writers
@@ -973,8 +971,6 @@ def test_a_full_disk(
 
     def fill_the_disk(path: Path, content: Any) -> None:
         if len(written) >= room:
-            if kind == "RuntimeError" and layout == "published":  # as torch.save does
-                raise RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0\nframe #0")
             full_disk()
         written.append(path)
         write(path, content)
@@ -982,8 +978,7 @@ def test_a_full_disk(
     with monkeypatch.context() as patch:
         patch.setattr(writers, name, fill_the_disk)
         message = refuses("--format", layout, "-b", 6)
-    reason = "unexpected pos" if kind == "RuntimeError" and layout == "published" else "No space left on device"
-    says(message, tmp_path / "out", reason, "repeat the command to go on")
+    says(message, tmp_path / "out", "No space left on device", "repeat the command")
     before = state_of(tmp_path / "out")
     assert before.keys() >= set(written) and len(before) == len(written) + 1
     there = len(list(open_label_maps(tmp_path / "out").keys()))

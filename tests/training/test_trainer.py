@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import timm
@@ -241,8 +242,8 @@ def test_interrupted_save_leaves_the_checkpoint_before_it(
     train(quick(colours, tmp_path, epochs=1))
     before = (tmp_path / "run/last.pth.tar").read_bytes()
 
-    def full_disk(content: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def full_disk(content: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
