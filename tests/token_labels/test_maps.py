@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -252,8 +252,8 @@ def test_a_failing_write_leaves_what_was_there(
     old, path = random_map(1), tmp_path / "a" / "x.pt"
     write_map(path, old)
 
-    def save(content: Any, file: Path) -> None:
-        Path(file).write_bytes(b"half of it")
+    def save(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half of it")
         raise error
 
     monkeypatch.setattr(torch, "save", save)

@@ -287,15 +287,15 @@ def test_progress_on_a_terminal_is_a_bar_and_in_a_file_lines(
 
 
 def test_recovery_checkpoints_never_hold_weights_of_a_loss_that_is_not_finite(colours: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="became nan in epoch 0 at batch 2"):
-        train(quick(colours, tmp_path, batch_size=2, lr=math.inf, recovery_interval=3))
+    with pytest.raises(UserError, match="became (nan|inf) in epoch 0 at batch 2"):
+        train(quick(colours, tmp_path, batch_size=2, lr=2e37, recovery_interval=3))
     assert not list((tmp_path / "run").glob("*.pth.tar"))
 
 
 def test_epoch_whose_validation_is_not_finite_is_not_saved(colours: Path, tmp_path: Path):
     train(quick(colours, tmp_path, epochs=1))
-    with pytest.raises(UserError, match="validation loss became nan after epoch 1"):  # the last update breaks it
-        train(quick(colours, tmp_path, epochs=2, resume="auto", resume_elastic=True, lr=math.inf, batch_size=40))
+    with pytest.raises(UserError, match="validation loss became (nan|inf) after epoch 1"):  # the last update breaks it
+        train(quick(colours, tmp_path, epochs=2, resume="auto", resume_elastic=True, lr=2e37, batch_size=40))
     assert read_checkpoint(tmp_path / "run/last.pth.tar")["epoch"] == 0
 
 
