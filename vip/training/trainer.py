@@ -1,6 +1,7 @@
 """A training run from configuration to checkpoints."""
 
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -303,6 +304,7 @@ class Trainer:
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
         state, config = self.state, self.config
+        gc.freeze()  # a collection would write to every page that is shared with loader processes, and so copy it
         with self._outputs() as outputs, self.recovery:
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
