@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
-import math
+import os
 import reprlib
-from collections.abc import Iterable
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vip.errors import UserError
@@ -59,33 +62,64 @@ def option(
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
-    """Base of option dataclasses, which checks that numbers are finite and in range.
+    """Base of option dataclasses, which checks types, choices, and that numbers are finite and in range.
 
     Raises:
-        UserError: If one is not.
+        UserError: If a value is none that its option takes.
     """
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            for number in value if isinstance(value, list | tuple) else [value]:
-                if not isinstance(number, int | float):
-                    continue
-                if expected := _expected(number, field.metadata["low"], field.metadata["high"]):
-                    raise UserError(f"--{field.name.replace('_', '-')} is {reprlib.repr(number)}, expected {expected}.")
+            found, expected = mistake(getattr(self, field.name), hints[field.name], field.metadata)
+            if expected:
+                raise UserError(f"--{field.name.replace('_', '-')} is {reprlib.repr(found)}, expected {expected}.")
+
+
+def value_type(annotation: Any) -> tuple[Any, bool]:
+    """The scalar type of an annotation, and whether it is a list of them."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(t for t in typing.get_args(annotation) if t is not types.NoneType)
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def mistake(value: Any, annotation: Any, meta: Mapping[str, Any]) -> tuple[Any, str]:
+    """What is wrong with the value of an option, and what was expected; the latter is empty if nothing is."""
+    if value is None:
+        return None, ""
+    kind, is_list = value_type(annotation)
+    count, choices = meta["count"], meta["choices"]
+    values = value if is_list else [value]
+    whole = isinstance(values, list | tuple) and count in (None, len(values))
+    if not whole or not all(_fits(v, kind) for v in values):
+        return value, f"{count or 'a list of'} {kind.__name__} values" if is_list else kind.__name__
+    if choices and any(v not in choices for v in values):
+        return value, f"one of {', '.join(map(repr, choices))}"
+    ranges = ((v, _expected(v, meta["low"], meta["high"])) for v in values if kind in (int, float))
+    return next(((v, expected) for v, expected in ranges if expected), (None, ""))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is str:
+        return isinstance(value, os.PathLike) or (isinstance(value, str) and "\0" not in value)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _expected(number: float, low: float | None, high: float | None) -> str:
     """What was expected in the place of a number, empty if it is in range."""
-    if isinstance(number, float) and not math.isfinite(number):
-        return "a finite number"
-    limit = LARGEST if isinstance(number, int) else math.inf
+    limit = LARGEST if isinstance(number, int) else sys.float_info.max
     least, most = -limit if low is None else low, limit if high is None else high
     if least <= number <= most:
         return ""
-    if number < least and most == limit:
-        return f"at least {least}"
-    return f"at most {most}" if number > most and least == -limit else f"{least} to {most}"
+    if high is None and low is not None and number < low:
+        return f"at least {low}"
+    if low is None and high is not None and number > high:
+        return f"at most {high}"
+    if isinstance(number, float) and None in (low, high):
+        return "a finite number"
+    return f"{least} to {most}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,13 +11,14 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import yaml
 from timm.utils import ParseKwargs
 
 from vip.errors import UserError
-from vip.options import nearest
+from vip.options import mistake, nearest, value_type
 
 ConfigT = TypeVar("ConfigT")
 
@@ -66,18 +67,9 @@ def _say_without_effect(name: str, reason: str) -> None:
         print(f"note: {name} has no effect: {reason}.", file=sys.stderr)
 
 
-def _value_type(annotation: Any) -> tuple[Any, bool]:
-    """The scalar type of an annotation, and whether it is a list of them."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(t for t in typing.get_args(annotation) if t is not types.NoneType)
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
-
-
 def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
     meta, name = field.metadata, field.name
-    kind, is_list = _value_type(annotation)
+    kind, is_list = value_type(annotation)
     text = meta["help"].replace("%", "%%")
     if meta["positional"]:
         group.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=text, metavar=name.upper())
@@ -129,39 +121,30 @@ def build_parser(config_class: type, prog: str, without_effect: Mapping[str, str
 
 def _convert(name: str, value: Any, field: dataclasses.Field, annotation: Any) -> Any:
     """Check and convert a YAML value as the flag of the same name would."""
-    kind, is_list = _value_type(annotation)
+    kind, is_list = value_type(annotation)
     if value is None:
         if field.default is not None and types.NoneType not in typing.get_args(annotation):
             raise UserError(f"{name} has no value; give one or leave it out.")
         return None
-    values = value if is_list and isinstance(value, list) else [value]
-    count = field.metadata["count"]
-    try:
-        converted = [_convert_scalar(v, kind) for v in values]
-        if count not in (None, len(values)) or not (values or field.metadata["append"]):
-            raise ValueError
-    except (ValueError, OverflowError) as e:
-        expected = f"{count or 'a list of'} {kind.__name__} values" if is_list else kind.__name__
-        raise UserError(f"{name} is {reprlib.repr(value)}, expected {expected}.") from e
-    choices = field.metadata["choices"]
-    if choices and any(v not in choices for v in converted):
-        raise UserError(f"{name} is {reprlib.repr(value)}, expected one of {', '.join(map(repr, choices))}.")
+    converted = [_convert_scalar(v, kind) for v in (value if is_list and isinstance(value, list) else [value])]
+    found, expected = mistake(converted if is_list else converted[0], annotation, field.metadata)
+    if expected:
+        raise UserError(f"{name} is {reprlib.repr(found)}, expected {expected}.")
     return converted if is_list else converted[0]
 
 
 def _convert_scalar(value: Any, kind: Any) -> Any:
-    """A YAML value as the type of an option; raises ValueError if it is of another."""
-    if kind is dict or kind is bool:
-        if not isinstance(value, kind):
-            raise ValueError
+    """A YAML value as a flag would have it, the value itself where it is of another type."""
+    if isinstance(value, bool):
         return value
-    texts = (datetime.date,) if kind is str else ()  # as which YAML reads a run's name such as 2024-01-31
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, *texts)):
-        raise ValueError
-    converted = kind(value)  # YAML reads 1e-3 as a string
-    if (kind is int and isinstance(value, float) and value != converted) or (kind is str and "\0" in converted):
-        raise ValueError
-    return converted
+    if kind is str:  # YAML reads numbers and days, such as 2024-01-31, where names are meant
+        return str(value) if isinstance(value, int | float | datetime.date) else value
+    with suppress(ValueError, OverflowError):
+        if kind is float and isinstance(value, int | str):  # it reads 1e-3 as a text
+            return float(value)
+        if kind is int and (isinstance(value, str) or isinstance(value, float) and value.is_integer()):
+            return int(value)
+    return value
 
 
 def _load_yaml(file: Any) -> Any:

@@ -514,7 +514,7 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"--aug-splits is {config.aug_splits}, expected 0 or at least 2.")
     if 0 < config.aug_repeats < 1:
         raise UserError(f"--aug-repeats is {config.aug_repeats}, expected 0 or at least 1.")
-    if config.lr_noise is not None and len(config.lr_noise) > 2:
+    if config.lr_noise is not None and len(config.lr_noise) not in (1, 2):
         raise UserError(f"--lr-noise has {len(config.lr_noise)} numbers, expected one or two.")
     if config.decay_rate > 1 and config.sched in ("step", "multistep", "plateau"):
         raise UserError(f"--decay-rate is {config.decay_rate}, expected at most 1 with --sched {config.sched}.")

@@ -1,5 +1,6 @@
 """Validation of checkpoints and models: one, or a table of many."""
 
+import argparse
 import dataclasses
 import glob
 import json
@@ -22,7 +23,7 @@ from vip.errors import UserError
 from vip.reporting.logs import setup_logging
 from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics, format_result, format_table, result_row, write_results
-from vip.training.config import EvaluationConfig, ValidateConfig
+from vip.training.config import EvaluationConfig, TrainConfig, ValidateConfig
 from vip.training.engine import evaluate
 from vip.training.factory import check_compile_backend, create_model, resolve_data_config
 from vip.training.runtime import (
@@ -67,6 +68,9 @@ _FROM_CHECKPOINT = (
     "fast_norm",
     "tta",
 )
+
+_BATCH_SIZES = ("batch_size", "validation_batch_size", "validation_batch_size_multiplier")
+_SAID = ("args", "data_config", "class_to_idx")
 
 
 def validate_all(config: ValidateConfig, given: set[str]) -> int:
@@ -175,15 +179,27 @@ def load_model(
         return config, create_model(config, config.num_classes), {}, config.model
     path = find_checkpoint(checkpoint_path)
     checkpoint = read_checkpoint(path)
-    config = _complete(config, checkpoint, given)
+    checkpoint.update({name: _said(checkpoint, name, path) for name in _SAID if name in checkpoint})
+    try:
+        config = _complete(config, checkpoint, given)
+    except UserError as e:
+        raise UserError(f"{path} says how its model is evaluated, and {e}") from e
     return config, _load_weights(config, checkpoint, path), checkpoint, str(path)
+
+
+def _said(checkpoint: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run under a name."""
+    content = checkpoint[name]
+    content = vars(content) if isinstance(content, argparse.Namespace) else {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {name} as {type(content).__name__}, expected dict; take another one of the run.")
+    return content
 
 
 def _complete(config: ConfigT, checkpoint: dict[str, Any], given: set[str]) -> ConfigT:
     """Fill in what was not given from the checkpoint's own `args`."""
     args = checkpoint.get("args", {})
-    args = args if isinstance(args, dict) else vars(args)  # timm's are a namespace
-    for name, value in (checkpoint.get("data_config") or {}).items():  # what training resolved wins over any default
+    for name, value in checkpoint.get("data_config", {}).items():  # what training resolved wins over any default
         if name in _FROM_CHECKPOINT and name != "input_size" and not args.get(name):
             args = {**args, name: list(value) if isinstance(value, tuple) else value}
     known = {k: args[k] for k in _FROM_CHECKPOINT if args.get(k) is not None and k not in given}
@@ -193,8 +209,8 @@ def _complete(config: ConfigT, checkpoint: dict[str, Any], given: set[str]) -> C
         known = {k: v for k, v in known.items() if "amp" not in k}
     if "batch_size" not in given and "validation_batch_size_multiplier" in args:
         # the same batches as in training, so that results agree to the last digit
-        factor = args["validation_batch_size_multiplier"]
-        known["batch_size"] = args["validation_batch_size"] or args["batch_size"] * factor
+        sizes = {name: args[name] for name in _BATCH_SIZES if args.get(name) is not None}
+        known["batch_size"] = TrainConfig(**sizes).eval_batch_size
     if config.use_ema is None and args.get("model_ema_force_cpu"):
         known["use_ema"] = False  # training did not evaluate them either
     fields = {f.name for f in dataclasses.fields(config)}
