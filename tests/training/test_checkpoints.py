@@ -23,9 +23,12 @@ from timm.models import load_checkpoint
 from torch import nn
 
 import vip  # noqa: F401  # registers the models
+from vip.checkpoints.averaging import average
+from vip.checkpoints.inspection import inspect, verify
+from vip.checkpoints.reading import checkpoints_at
+from vip.checkpoints.writing import check_output, convert, layout_of
 from vip.errors import UserError
 from vip.files import UnreadableFile, check_records
-from vip.training.checkpoints import average, check_output, checkpoints_at, convert, inspect, layout_of, verify
 from vip.training.weights import load_finetune, read_checkpoint, recognise, state_dict_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:Duplicate name")

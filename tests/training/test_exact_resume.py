@@ -16,6 +16,7 @@ from exact_runs import assert_same_run, flags_of, run_until
 from label_maps import write_maps
 
 import vip.training.engine as engine
+import vip.training.trainer as trainer
 from vip.errors import UserError
 from vip.training.recovery import REQUEUE, RecoveryPoints
 from vip.training.runtime import Runtime
@@ -103,21 +104,54 @@ def test_told_to_leave(name: str, colours: Path, tmp_path: Path, monkeypatch: py
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_told_to_leave_while_validating(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(quick(colours, tmp_path, **RANDOM, experiment="whole"))
-    config = quick(colours, tmp_path, **RANDOM)
-    real = engine.evaluate
+@pytest.mark.parametrize("validation", [1, 4], ids=["plain weights", "averaged weights of the next epoch"])
+def test_told_to_leave_while_validating(validation: int, colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """It leaves before the next batch, and the validation is made anew; training is not."""
+    options = {**RANDOM, "recovery_interval": 0, "recovery_minutes": 0.0, "validation_batch_size": 4}
+    train(quick(colours, tmp_path, **options, experiment="whole"))
+    config = quick(colours, tmp_path, **options)
+    real, left, asked = engine.evaluate, validation, 0
 
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
+    def evaluate(*args: Any, stop: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        def stop_or_signal() -> bool:
+            nonlocal asked
+            asked += left == 0
+            if asked == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stop()
+
+        return real(*args, stop=stop_or_signal, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr("vip.training.trainer.evaluate", evaluate)
         train(config)
-    assert len((tmp_path / "run/summary.csv").read_text().splitlines()) == 2, "the epoch is finished"
+    assert ended.value.code == REQUEUE and asked == 2
+    summary = tmp_path / "run/summary.csv"
+    assert (len(summary.read_text().splitlines()) if summary.exists() else 0) == (0 if validation < 3 else 2)
+    with stopped_at(1, monkeypatch), pytest.raises(Killed):  # in the epoch after
+        caplog.set_level("INFO")
+        train(config)
+    assert f"at epoch {(validation - 1) // 2}, sample 40" in caplog.text
     train(config)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["create_split", "open_folder"], ids=["the set-up", "between set-up and training"])
+def test_told_to_leave_before_training(where: str, colours: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    config, real = quick(colours, tmp_path), getattr(trainer, where)
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(trainer, where, tell)
+        train(config)
+    assert ended.value.code == REQUEUE and "Stopped by SIGUSR1" in caplog.text
+    train(config)
 
 
 @contextmanager

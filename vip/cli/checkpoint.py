@@ -5,20 +5,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+from vip.checkpoints.averaging import average
+from vip.checkpoints.inspection import Contents, inspect, verify
+from vip.checkpoints.reading import LAYOUTS, checkpoints_at
+from vip.checkpoints.writing import Written, bare_layout, convert, layout_of
 from vip.cli.arguments import Parser
 from vip.errors import UserError
-from vip.training.checkpoints import (
-    LAYOUTS,
-    Contents,
-    Written,
-    average,
-    bare_layout,
-    checkpoints_at,
-    convert,
-    inspect,
-    layout_of,
-    verify,
-)
 
 
 def main(argv: list[str]) -> int:

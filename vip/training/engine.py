@@ -43,6 +43,10 @@ class TrainState:
     loss_sum: float = 0.0
     samples_before: int = 0  # of the epoch, in batches of another size, before those
 
+    def begin_epoch(self) -> None:
+        """Count batches and their losses anew."""
+        self.batch, self.loss_sum, self.samples_before = 0, 0.0, 0
+
     @property
     def lr(self) -> float:
         """Learning rate, averaged over the parameter groups as timm's logs have it."""
@@ -152,7 +156,7 @@ def train_one_epoch(
         save: Saves the state, which all processes call, if all losses were finite.
 
     Returns:
-        `loss`, the average over the epoch and all processes.
+        `loss`, the average over the epoch and all processes; `state` is at the end of the epoch.
 
     Raises:
         UserError: If the loss is not finite.
@@ -188,7 +192,7 @@ def train_one_epoch(
             state.batch, state.loss_sum = i + 1, losses.total
             save()
             recovery.leave_if_told()
-    state.batch, state.loss_sum, state.samples_before = 0, 0.0, 0
+    state.batch, state.loss_sum = batches, losses.total
     return {"loss": losses.average}
 
 
@@ -204,6 +208,7 @@ def evaluate(
     tta: int = 0,
     label_subset: torch.Tensor | None = None,
     on_output: Callable[[torch.Tensor], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Metrics:
     """Evaluate a classifier; every image of the loaders of all processes counts once.
 
@@ -217,10 +222,13 @@ def evaluate(
         tta: 2 averages the logits of an image and of its mirror image.
         label_subset: Indices of the only logits to keep.
         on_output: Called with the logits of each batch.
+        stop: Asked before each batch whether to leave out the rest.
     """
     model.eval()
     evaluator = ClassificationEvaluator(runtime.device)
     for i, (images, target) in enumerate(loader):
+        if stop is not None and stop():
+            break
         if not len(images):
             continue
         images, target = images.to(runtime.device, non_blocking=True), target.to(runtime.device, non_blocking=True)

@@ -1,8 +1,12 @@
 """When a run saves within an epoch, and how it leaves when it is told to."""
 
+import logging
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -11,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from vip.training.runtime import Runtime
+
+_logger = logging.getLogger(__name__)
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
 SIGNALS = ("SIGTERM", "SIGUSR1")  # what Slurm sends before it takes a node away; Windows has no SIGUSR1
@@ -47,15 +53,11 @@ class RecoveryPoints:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def __enter__(self) -> "RecoveryPoints":
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        if threading.current_thread() is not threading.main_thread():
-            numbers = []  # Python lets no other thread catch signals
-        self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
+        self.handlers = _catch_signals(self._catch)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        _restore(self.handlers)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = SIGNALS.index(signal.Signals(number).name) + 1
@@ -102,8 +104,11 @@ class RecoveryPoints:
         if self.leaving:
             raise Preempted(f"Stopped by {self.leaving}; continue with --resume auto.")
 
-    def finish_epoch(self) -> None:
-        """Leave if a process was told to since its last update, as during a validation.
+    def leave_if_any_is_told(self, save: Callable[[], None] | None = None) -> None:
+        """Leave if a process was told to since the last update, as during a validation; all processes have to ask.
+
+        Args:
+            save: Saves the state first, where the last save is not of it.
 
         Raises:
             Preempted: If one was.
@@ -115,4 +120,33 @@ class RecoveryPoints:
             caught = int(ballot)
         if caught:
             self.leaving = SIGNALS[caught - 1]
+            if save is not None:
+                save()
         self.leave_if_told()
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Leave with status `REQUEUE` when told to, where there is nothing to save yet."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        _logger.warning(f"Stopped by {signal.Signals(number).name} while nothing was trained; start it again.")
+        sys.exit(REQUEUE)  # unlike other exceptions, nothing that reads a file takes it for damage
+
+    handlers = _catch_signals(leave)
+    try:
+        yield
+    finally:
+        _restore(handlers)
+
+
+def _catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle the signals that tell a run to leave; returns the handlers there were."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # Python lets no other thread catch signals
+    return {number: signal.signal(number, handler) for name in SIGNALS if (number := getattr(signal, name, None))}
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -23,7 +23,6 @@ from vip.errors import SaveError, UserError
 from vip.files import locked, replacing, save
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState
-from vip.training.weights import find_checkpoint, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -39,57 +38,6 @@ def run_folder(config: TrainConfig, arch: str, image_size: tuple[int, ...], resu
         return folder.parent
     size = "x".join(str(s) for s in dict.fromkeys(image_size))
     return root / f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(arch)}-{size}"
-
-
-def find_state(config: TrainConfig) -> tuple[str, dict[str, Any]]:
-    """The checkpoint to resume and its content: of a folder the newest state; `auto`: of `--experiment`, if it began.
-
-    Returns:
-        Path and content, both empty where there is nothing to resume.
-
-    Raises:
-        UserError: If `auto` is given without `--experiment`, or there is no such checkpoint.
-    """
-    if not config.resume:
-        return "", {}
-    if config.resume == "auto" and not config.experiment:
-        raise UserError("--resume auto looks in the folder of the run: name it with --experiment.")
-    auto = config.resume == "auto"
-    path = Path(config.output or "output/train", config.experiment) if auto else Path(config.resume)
-    if path.is_dir():
-        found = _newest_state(path)
-        if found[0]:
-            return found
-    if auto:
-        return "", {}
-    path = find_checkpoint(path)
-    return str(path), read_checkpoint(path)
-
-
-def _newest_state(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The checkpoint of a run that is whole and furthest, whatever times the files have; empty if it has none yet."""
-    numbered = sorted(folder.glob("checkpoint-*.pth.tar"), key=lambda path: (len(path.name), path.name), reverse=True)
-    damaged = False
-    for names in ([folder / RECOVERY, folder / "last.pth.tar"], *([path] for path in numbered)):
-        found = []
-        for path in names:
-            try:
-                found += [(str(path), read_checkpoint(path))] if path.exists() else []
-            except UserError as e:
-                damaged = True
-                _logger.warning(f"{e} The state before it is taken.")
-        if found:
-            return max(found, key=lambda state: progress_of(state[1]))
-    if damaged:
-        raise UserError(f"No checkpoint in {folder} can be read; begin the run again in another --experiment.")
-    return "", {}
-
-
-def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """How far a training state is: epochs that ended, and samples of the next."""
-    epoch, position = checkpoint.get("epoch"), checkpoint.get("position")
-    samples = position.get("samples") if isinstance(position, dict) else 0
-    return epoch if isinstance(epoch, int) else -1, samples if isinstance(samples, int) else 0
 
 
 def refuse_existing_run(folder: Path) -> None:

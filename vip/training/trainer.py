@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import ClassificationTask, TrainingTask
-from timm.utils import distribute_bn, random_seed, unwrap_model
+from timm.task import ClassificationTask
+from timm.utils import distribute_bn, random_seed
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
@@ -27,6 +27,7 @@ from vip.data.datasets import check_same_classes, class_to_idx, create_split, un
 from vip.data.loaders import create_eval_loader, create_train_loader, naming_lost_workers
 from vip.data.order import EpochOrder
 from vip.errors import SaveError, UserError
+from vip.files import replacing
 from vip.reporting.logs import log_to_file, setup_logging
 from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics
@@ -43,7 +44,8 @@ from vip.training.factory import (
     create_training_model,
     resolve_data_config,
 )
-from vip.training.recovery import REQUEUE, Preempted, RecoveryPoints
+from vip.training.recovery import REQUEUE, Preempted, RecoveryPoints, leaving_at_once
+from vip.training.resume import agree_on_state, batches_of, identity, resume
 from vip.training.runtime import (
     Runtime,
     allow_fast_kernels,
@@ -55,10 +57,7 @@ from vip.training.runtime import (
 from vip.training.saver import (
     RunSaver,
     checkpoint_bytes,
-    find_state,
-    load_scheduler_state,
     open_folder,
-    progress_of,
     refuse_existing_run,
     run_folder,
     save_errors,
@@ -78,7 +77,8 @@ def train(config: TrainConfig) -> None:
     runtime = setup_runtime(config.device, config.dist_backend, config.workers, config.dist_timeout)
     setup_logging(runtime.is_primary)
     try:
-        _run(config, runtime)
+        with leaving_at_once():  # until training catches the signals
+            _run(config, runtime)
     except Preempted as e:
         if runtime.is_primary:
             _logger.warning(str(e))
@@ -95,9 +95,8 @@ def train(config: TrainConfig) -> None:
 def _run(config: TrainConfig, runtime: Runtime) -> None:
     with naming_lost_processes(runtime, lambda: "the set-up"):
         trainer = Trainer(config, runtime)
-    state = trainer.state
     workers = naming_lost_workers(runtime.rank, trainer.train_data, trainer.val_data)
-    with naming_lost_processes(runtime, lambda: f"epoch {state.epoch}, batch {state.batch + 1}"), workers:
+    with naming_lost_processes(runtime, trainer.place), workers:
         if config.eval_checkpoint:
             trainer.validate_checkpoint(config.eval_checkpoint)
         else:
@@ -244,33 +243,11 @@ class Trainer:
         if config.model_ema:
             device = torch.device("cpu") if config.model_ema_force_cpu else None
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
-        updates = -(-len(self.train_loader) // config.grad_accum_steps)
+        self.batches = len(self.train_loader)
+        updates = -(-self.batches // config.grad_accum_steps)
         scheduler, self.epochs = _create_scheduler(config, optimizer, updates)
         self.state = TrainState(task, optimizer, scheduler, precision)
-        self.resumed, checkpoint = self._find_state()
-        self.first_sample = 0
-        if self.resumed:
-            self.first_sample = resume(self.state, checkpoint, self.resumed, config, runtime.world_size)
-            if config.resume_elastic:  # in updates of the present size, by which schedules go
-                self.state.updates = self.state.epoch * updates + self.state.batch // config.grad_accum_steps
-        if self.state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
-            _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
-            self.state.batch, self.state.loss_sum, self.state.samples_before = 0, 0.0, 0
-        if config.start_epoch is not None and not (self.resumed and config.resume == "auto"):
-            self.state.epoch, self.state.batch, self.state.loss_sum = config.start_epoch, 0, 0.0
-            self.first_sample = self.state.samples_before = 0
-        if self.state.epoch >= self.epochs:
-            message = f"Nothing is left to train: epoch {self.state.epoch} of {self.epochs}; raise --epochs."
-            if config.resume != "auto":
-                raise UserError(message)
-            _logger.warning(message)  # a scheduler may start a run that has ended, which is no mistake
-        self.state.updates = self.state.updates or self.state.epoch * updates
-        if scheduler is not None and self.state.epoch:
-            if config.sched_on_updates:
-                scheduler.step_update(self.state.updates)
-            elif config.sched != "plateau":
-                scheduler.step(self.state.epoch, scheduler.metric)
-
+        self._resume(updates)
         self.recovery = RecoveryPoints(config.recovery_interval, config.recovery_minutes, runtime, config.dist_timeout)
         self.eval_model = model
         if config.torchcompile:
@@ -279,27 +256,38 @@ class Trainer:
             device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
             task.prepare_distributed(device_ids=device_ids)
 
-    def _find_state(self) -> tuple[str, dict[str, Any]]:
-        """The state to continue, which the first process chooses: all have to continue the same one."""
-        found: tuple[str, dict[str, Any]] = ("", {})
-        if self.runtime.is_primary:
-            found = find_state(self.config)
-            self.resumed_file = _identity(found[0])
-        if not self.runtime.distributed:
-            return found
-        chosen: list[Any] = [found[0], progress_of(found[1])]
-        dist.broadcast_object_list(chosen)
-        path, progress = chosen
-        if self.runtime.is_primary or not path:
-            return found
-        if Path(path).exists():
-            found = path, read_checkpoint(path)
-        if progress_of(found[1]) != progress:
-            raise UserError(
-                f"Process {self.runtime.rank} does not see the {path} from which process 0 continues: --output has to "
-                "be a folder that all nodes share, and no other run may write to."
-            )
-        return found
+    def _resume(self, updates: int) -> None:
+        """Go to where the run is to begin or continue, in epochs of so many updates."""
+        config, state = self.config, self.state
+        self.found = agree_on_state(config, self.runtime)
+        self.first_sample = 0
+        if self.found.path:
+            self.first_sample = resume(state, self.found.content, self.found.path, config, self.runtime.world_size)
+            self.found.content.clear()  # it may be large
+            if config.resume_elastic:  # in updates of the present size, by which schedules go
+                state.updates = state.epoch * updates + state.batch // config.grad_accum_steps
+        if state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
+            _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
+            state.begin_epoch()
+        if config.start_epoch is not None and not (self.found.path and config.resume == "auto"):
+            state.epoch, self.first_sample = config.start_epoch, 0
+            state.begin_epoch()
+        if state.epoch >= self.epochs:
+            message = f"Nothing is left to train: epoch {state.epoch} of {self.epochs}; raise --epochs."
+            if config.resume != "auto":
+                raise UserError(message)
+            _logger.warning(message)  # a scheduler may start a run that has ended, which is no mistake
+        state.updates = state.updates or state.epoch * updates
+        if state.scheduler is not None and state.epoch:
+            if config.sched_on_updates:
+                state.scheduler.step_update(state.updates)
+            elif config.sched != "plateau":
+                state.scheduler.step(state.epoch, state.scheduler.metric)
+
+    def place(self) -> str:
+        """Where the run is, for messages."""
+        batch = self.state.batch + 1
+        return f"epoch {self.state.epoch}, {f'batch {batch}' if batch <= self.batches else 'its validation'}"
 
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
@@ -309,7 +297,8 @@ class Trainer:
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
                 train_metrics, images_per_second = self._train_epoch(epoch, outputs)
-                metrics = self._evaluate_epoch(epoch)
+                metrics = self._evaluate_epoch(epoch, outputs)
+                state.begin_epoch()
                 lr, metric = state.lr, metrics[config.eval_metric]
                 if not math.isfinite(metrics["loss"]):
                     raise UserError(
@@ -323,7 +312,7 @@ class Trainer:
                         outputs.summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
                     outputs.saver.save_after_epoch(epoch, metric)
                 if epoch + 1 < self.epochs:
-                    self.recovery.finish_epoch()
+                    self.recovery.leave_if_any_is_told()
             if outputs is not None:
                 outputs.saver.wait()
                 if outputs.saver.best_metric is not None:
@@ -338,11 +327,11 @@ class Trainer:
             yield None
             return
         config, state = self.config, self.state
-        folder = run_folder(config, self.arch, self.data_config["input_size"][1:], self.resumed)
+        folder = run_folder(config, self.arch, self.data_config["input_size"][1:], self.found.path)
         args = dataclasses.asdict(config)
         recipe = {**args, "resume": "", "experiment": ""}  # for another run like this one
         kept = min(config.checkpoint_hist, self.epochs - state.epoch) + 2  # and what is saved within an epoch
-        continued = bool(self.resumed) and Path(self.resumed).parent == folder
+        continued = bool(self.found.path) and Path(self.found.path).parent == folder
         if not continued:
             refuse_existing_run(folder)
         with open_folder(folder, recipe, checkpoint_bytes(state, kept)):
@@ -351,7 +340,7 @@ class Trainer:
             batches = batches_of(config, self.runtime.world_size)
             saver = RunSaver(state, folder, config, {**about, "args": args}, batches)
             if continued:
-                saver.continue_from(self.resumed)
+                saver.continue_from(self.found.path)
             summary = Summary(folder, state.epoch, args, config.log_tensorboard, config.log_wandb, config.wandb_project)
             with closing(summary), closing(saver), log_to_file(folder / "train.log"):
                 yield Outputs(folder, saver, summary)
@@ -360,7 +349,7 @@ class Trainer:
         """Refuse what another process has written while this one was waiting for the folder."""
         if not continued:
             refuse_existing_run(folder)
-        elif _identity(self.resumed) != self.resumed_file:
+        elif identity(self.found.path) != self.found.identity:
             raise UserError(f"Another process went on with {folder} while this one was starting: start it again.")
 
     def _progress(self, title: str, loader: Any) -> ProgressBar:
@@ -370,7 +359,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, outputs: "Outputs | None") -> tuple[dict[str, float], float]:
         config = self.config
-        order = self.train_loader.sampler
+        before, order = self.state.batch, self.train_loader.sampler
         if isinstance(order, EpochOrder):
             order.set_epoch(epoch, self.first_sample)
             self.first_sample = 0
@@ -388,12 +377,6 @@ class Trainer:
                 with save_errors(config.on_save_error):
                     outputs.save_images(images, f"train-batch-{epoch}-{i}.jpg")
 
-        def save() -> None:
-            if outputs is not None:
-                outputs.saver.save_within_epoch()
-                if self.recovery.leaving:
-                    outputs.saver.wait()
-
         with self._progress(f"Epoch {epoch}/{self.epochs - 1}", self.train_loader) as progress:
             metrics = train_one_epoch(
                 self.state,
@@ -404,7 +387,7 @@ class Trainer:
                 self.mix_batch,
                 on_batch,
                 self.recovery,
-                save,
+                lambda: self._save_within_epoch(outputs),
             )
         _logger.info(
             f"Epoch {epoch}: loss {metrics['loss']:.4f}, learning rate {self.state.lr:.2e}, "
@@ -415,20 +398,29 @@ class Trainer:
         if isinstance(self.train_data, TokenLabelDataset) and (alone := self.train_data.files_without_map()):
             _logger.warning(f"{len(alone)} images had no label map but their class alone: {', '.join(alone[:5])}")
         model = self.state.task.get_trainable_module()
-        if self.runtime.distributed and config.dist_bn:
+        if self.runtime.distributed and config.dist_bn and self.state.batch > before:
             distribute_bn(model, self.runtime.world_size, config.dist_bn == "reduce")
         return metrics, progress.images_per_second
 
-    def _evaluate_epoch(self, epoch: int) -> dict[str, float]:
-        metrics = self._evaluate(self.eval_model, f"Validation {epoch}")
+    def _save_within_epoch(self, outputs: "Outputs | None") -> None:
+        if outputs is not None:
+            outputs.saver.save_within_epoch()
+            if self.recovery.leaving:
+                outputs.saver.wait()
+
+    def _evaluate_epoch(self, epoch: int, outputs: "Outputs | None") -> dict[str, float]:
+        def save() -> None:
+            self._save_within_epoch(outputs)
+
+        metrics = self._evaluate(self.eval_model, f"Validation {epoch}", save)
         if self.config.model_ema and not self.config.model_ema_force_cpu:
             ema: Any = self.state.task.get_eval_model(ema=True)
             if self.runtime.distributed and self.config.dist_bn:
                 distribute_bn(ema, self.runtime.world_size, self.config.dist_bn == "reduce")
-            metrics = self._evaluate(ema, f"Validation {epoch} (averaged weights)")
+            metrics = self._evaluate(ema, f"Validation {epoch} (averaged weights)", save)
         return metrics.summary()
 
-    def _evaluate(self, model: nn.Module, title: str) -> Metrics:
+    def _evaluate(self, model: nn.Module, title: str, save: Callable[[], None] | None = None) -> Metrics:
         config = self.config
         with self._progress(title, self.eval_loader) as progress:
             metrics = evaluate(
@@ -439,7 +431,9 @@ class Trainer:
                 progress,
                 channels_last=config.channels_last,
                 tta=config.tta,
+                stop=lambda: self.recovery.caught > 0,
             )
+        self.recovery.leave_if_any_is_told(save)
         if skipped := unreadable_files(self.val_data):
             _logger.warning(f"{len(skipped)} unreadable validation images were left out: {', '.join(skipped[:5])}")
         _logger.info(
@@ -467,19 +461,12 @@ class Outputs:
     def save_images(self, images: torch.Tensor, name: str) -> None:
         """Save a batch of images as a picture; raises `SaveError`."""
         try:
-            save_image(images, self.folder / name, padding=0, normalize=True)
+            with replacing(self.folder / name) as path:
+                save_image(images, path, format="jpeg", padding=0, normalize=True)
         except OSError as e:
             raise SaveError(
                 f"Cannot write {self.folder / name} ({e.strerror}); make room, or leave out --save-images."
             ) from e
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """What tells a file from another one that takes its place; None where there is none."""
-    if not os.path.exists(path):
-        return None
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns
 
 
 def _in_chans(config: TrainConfig) -> int:
@@ -542,104 +529,3 @@ def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, upd
             f"--sched {config.sched} is not possible ({e}): see --epochs, --warmup-epochs, --cooldown-epochs, "
             "--decay-epochs and --lr-cycle-mul."
         ) from e
-
-
-_STATE_TYPES = {"epoch": int, "num_updates": int, "optimizer": dict, "lr_scheduler": dict, "position": dict}
-
-
-def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: TrainConfig, world_size: int) -> int:
-    """Continue from a checkpoint: weights, their average, optimizer, loss scale, schedule and counters.
-
-    Args:
-        state: What to restore.
-        checkpoint: Content of the checkpoint.
-        path: Where it is from, for messages.
-        config: What the run is told now.
-        world_size: Number of processes now.
-
-    Returns:
-        The samples of the epoch that all processes together have had.
-
-    Raises:
-        UserError: If it is no training state, or one of another model, or of other batches than `config` asks for.
-    """
-    if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-        raise UserError(f"{path} holds weights and no training state; start from it with --initial-checkpoint.")
-    for name, kind in _STATE_TYPES.items():
-        if name in checkpoint and type(checkpoint[name]) is not kind:
-            found = type(checkpoint[name]).__name__
-            raise UserError(f"{path} holds {name} as {found}, expected {kind.__name__}; take another one of the run.")
-    task: Any = state.task
-    _load_task(task, checkpoint, path)
-    if task.has_ema():
-        _load_task(task, checkpoint, path, ema=True)
-    if not config.no_resume_opt:
-        args = checkpoint.get("args") or {}
-        opt = args.get("opt") if isinstance(args, dict) else getattr(args, "opt", None)
-        if opt and opt != config.opt:
-            raise UserError(f"{path} was trained with --opt {opt}, not {config.opt}; add --no-resume-opt to change it.")
-        try:
-            state.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise UserError(f"{path} was trained with other parameter groups ({e}); add --no-resume-opt.") from e
-        scaler = state.precision.scaler
-        if scaler is not None and scaler.state_dict_key in checkpoint:
-            scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-        if state.scheduler is not None and "lr_scheduler" in checkpoint:
-            load_scheduler_state(state.scheduler, checkpoint["lr_scheduler"])
-    state.epoch = checkpoint["epoch"] + (checkpoint.get("version", 1) > 1)
-    state.updates = checkpoint.get("num_updates", 0)
-    position = checkpoint.get("position") or {}
-    samples = _continue_epoch(state, position, path, config, world_size) if position else 0
-    _logger.info(f"Resuming {path} at epoch {state.epoch}" + (f", sample {samples}" if samples else ""))
-    return samples
-
-
-def batches_of(config: TrainConfig, world_size: int) -> dict[str, int]:
-    """What decides which images are in an update."""
-    return {
-        "processes": world_size,
-        "batch_size": config.batch_size,
-        "grad_accum_steps": config.grad_accum_steps,
-    }
-
-
-def _continue_epoch(
-    state: TrainState, position: dict[str, Any], path: str, config: TrainConfig, world_size: int
-) -> int:
-    now = batches_of(config, world_size)
-    expected = {**dict.fromkeys((*now, "batch", "samples"), int), "loss_sum": float}
-    if any(type(position.get(name)) is not kind for name, kind in expected.items()):
-        raise UserError(f"{path} does not say where in its epoch it is; take another one of the run.")
-    changed = [f"{name} {position[name]} then, {n} now" for name, n in now.items() if position[name] != n]
-    if changed and not config.resume_elastic:
-        raise UserError(
-            f"{path} was trained with other batches ({'; '.join(changed)}): continue with the same ones, or add "
-            "--resume-elastic."
-        )
-    if changed:
-        _logger.warning(
-            f"Resuming with other batches ({'; '.join(changed)}): the learning rate stays {state.lr:.3g} and is not "
-            "rescaled."
-        )
-        if config.lr_base is not None and state.scheduler is not None:  # which would be scaled to the new batches
-            state.scheduler.base_values = [group["initial_lr"] for group in state.optimizer.param_groups]
-    state.batch, state.loss_sum = position["batch"], position["loss_sum"]
-    if changed:  # the average loss of the epoch is of the batches as they are counted now
-        batch, state.samples_before = divmod(position["samples"], config.batch_size * world_size)
-        state.loss_sum *= batch / max(state.batch, 1)
-        state.batch = batch
-    return position["samples"]
-
-
-def _load_task(task: TrainingTask, checkpoint: dict[str, Any], path: str, ema: bool = False) -> None:
-    """Load the weights of inference, and those that only training has."""
-    weights = state_dict_of(checkpoint, None if ema else False, path)
-    aids = checkpoint.get("task_state_ema" if ema and checkpoint.get("state_dict_ema") else "task_state") or {}
-    wanted = getattr(task, "has_training_aid", False)
-    if wanted != bool(aids):
-        raise UserError(
-            f"{path} was trained with{'' if aids else 'out'} --token-label: {'add' if aids else 'leave out'} it to "
-            "continue, or begin a run of your own from its weights with --finetune."
-        )
-    load_weights(unwrap_model(task.get_eval_model(ema=ema)), {**weights, **aids}, path)
