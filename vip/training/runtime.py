@@ -1,6 +1,7 @@
 """Where a process runs: its device, its place among the other processes, and its numeric precision."""
 
 import ctypes
+import gc
 import math
 import os
 import re
@@ -241,3 +242,13 @@ def all_reduce_sum(value: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     if runtime.distributed:
         dist.all_reduce(value)
     return value
+
+
+@contextmanager
+def sparing_shared_pages() -> Iterator[None]:
+    """Keep garbage collections from writing to the memory that loader processes share, which would copy it."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,7 +1,6 @@
 """A training run from configuration to checkpoints."""
 
 import dataclasses
-import gc
 import logging
 import math
 import os
@@ -53,6 +52,7 @@ from vip.training.runtime import (
     naming_lost_processes,
     setup_precision,
     setup_runtime,
+    sparing_shared_pages,
 )
 from vip.training.saver import (
     RunSaver,
@@ -292,8 +292,7 @@ class Trainer:
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
         state, config = self.state, self.config
-        gc.freeze()  # a collection would write to every page that is shared with loader processes, and so copy it
-        with self._outputs() as outputs, self.recovery:
+        with self._outputs() as outputs, self.recovery, sparing_shared_pages():
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
                 train_metrics, images_per_second = self._train_epoch(epoch, outputs)
