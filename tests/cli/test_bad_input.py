@@ -489,6 +489,7 @@ def test_image_size_no_stage_divides(train_refuses: Refused, validate_refuses: R
         ("--interpolation smooth", ["--interpolation", "'smooth'", "bicubic"]),
         ("--scale 0.5", ["--scale", "2"]),
         ("--cutmix-minmax 0.5", ["--cutmix-minmax", "2"]),
+        ("--color-jitter 1e300 --aa none", ["--color-jitter is 1e+300", "0 to 100"]),
         ("--input-size 3 32", ["--input-size", "3"]),
         ("--mean 0.5 0.5", ["mean", "3 values", "2"]),
         ("--opt-betas 0.5", ["adamw"]),

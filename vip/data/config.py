@@ -67,7 +67,7 @@ class AugmentationConfig(Options):
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1)
-    color_jitter: float = option(0.4, "strength of color jitter, unused with --aa", low=0)
+    color_jitter: float = option(0.4, "strength of color jitter, unused with --aa", low=0, high=100)
     color_jitter_prob: float | None = option(None, "probability of color jitter", low=0, high=1)
     grayscale_prob: float = option(0.0, "probability of a gray image", low=0, high=1)
     gaussian_blur_prob: float = option(0.0, "probability of a Gaussian blur", low=0, high=1)
