@@ -147,21 +147,40 @@ class PermuteMlp(nn.Module):
         self.mlp_h.set_length(grid_size[0])
         self.mlp_w.set_length(grid_size[1])
 
+    def mix_height(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix the columns of `[B, H, W, C]`; the result is `[B, H, W, N, S]`, N segments of S channels."""
+        B, H, W, C = x.shape
+        x_bwnhs = x.reshape(B, H, W, self.segments, -1).permute(0, 2, 3, 1, 4)
+        h = self.mlp_h(x_bwnhs.reshape(B, W, self.segments, -1))  # [B, W, N, H*S]
+        return h.reshape(x_bwnhs.shape).permute(0, 3, 1, 2, 4)
+
+    def mix_width(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix the rows of `[B, H, W, C]`; the result is `[B, H, W, N, S]`."""
+        B, H, W, C = x.shape
+        x_bhnws = x.reshape(B, H, W, self.segments, -1).permute(0, 1, 3, 2, 4)
+        w = self.mlp_w(x_bhnws.reshape(B, H, self.segments, -1))  # [B, H, N, W*S]
+        return w.reshape(x_bhnws.shape).permute(0, 1, 3, 2, 4)
+
+    def branch_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights of the branches for each sample and channel, `[B, C, 3]`.
+
+        The mean over the tokens commutes with the branches, which are linear: they take in averages here, so that
+        what they put out for all tokens is read once, when it is weighed and added.
+        """
+        B, C = x.shape[0], x.shape[-1]
+        x_column, x_row = x.mean(2, keepdim=True), x.mean(1, keepdim=True)  # [B, H, 1, C], [B, 1, W, C]
+        h, w = self.mix_height(x_column).mean((1, 2)), self.mix_width(x_row).mean((1, 2))  # [B, N, S]
+        c = self.mlp_c(x_row.mean((1, 2)))
+        return self.reweight((h + w).reshape(B, C) + c).reshape(B, C, 3).softmax(-1)  # fc2's outputs are [C, 3]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix `[B, H, W, C]` along height, width and channels."""
-        B, H, W, C = x.shape
-        N, S = self.segments, C // self.segments
-        x_bhwns = x.reshape(B, H, W, N, S)
-        h = self.mlp_h(x_bhwns.permute(0, 3, 2, 1, 4).reshape(B, N, W, H * S))  # [B, N, W, H*S]
-        h = h.reshape(B, N, W, H, S).permute(0, 3, 2, 1, 4).reshape(B, H, W, C)
-        w = self.mlp_w(x_bhwns.permute(0, 1, 3, 2, 4).reshape(B, H, N, W * S))  # [B, H, N, W*S]
-        w = w.reshape(B, H, N, W, S).permute(0, 1, 3, 2, 4).reshape(B, H, W, C)
-        c = self.mlp_c(x)
-
-        # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
-        a = self.reweight((h + w + c).mean((1, 2))).reshape(B, C, 3).softmax(-1)
-        a_h, a_w, a_c = a[:, None, None].unbind(-1)  # [B, 1, 1, C] each
-        return self.proj_drop(self.proj(h * a_h + w * a_w + c * a_c))
+        h, w = self.mix_height(x), self.mix_width(x)
+        c = self.mlp_c(x).reshape(h.shape)
+        a = self.branch_weights(x).to(c.dtype)  # autocast's softmax is float32, and would make what it weighs so
+        a_h, a_w, a_c = a.reshape(x.shape[0], 1, 1, h.shape[3], h.shape[4], 3).unbind(-1)
+        mixed = torch.addcmul(torch.addcmul(c * a_c, w, a_w), h, a_h)
+        return self.proj_drop(self.proj(mixed.reshape(x.shape)))
 
 
 class PermutatorBlock(nn.Module):
