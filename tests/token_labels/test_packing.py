@@ -321,6 +321,7 @@ def test_a_folder_in_place_of_a_shard(tmp_path: Path) -> None:
         dict(metadata={"format": "pt"}),
         dict(metadata={"shape": "5,4"}),
         dict(metadata={"shape": "5,4,x"}),
+        dict(metadata={"shape": "5,4," + "x" * 1000}),
         dict(metadata={"shape": "-5,4,-4"}),
         dict(metadata={"shape": "0,4,4"}),
         dict(keys=None),
