@@ -55,9 +55,10 @@ def test_the_layout_is_recognised(published: Path, packed: Path) -> None:
     assert_same(open_label_maps(published), open_label_maps(packed))
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
-    message = refused(open_label_maps, tmp_path / "nowhere")
-    assert str(tmp_path / "nowhere") in message and "generate-label" in message
+@pytest.mark.parametrize("name", ["nowhere", "a name longer than any file has " * 10])
+def test_a_missing_folder(tmp_path: Path, name: str) -> None:
+    message = refused(open_label_maps, tmp_path / name)
+    assert str(tmp_path / name) in message and "generate-label" in message
 
 
 def test_a_file_in_place_of_a_folder(published: Path) -> None:

@@ -138,7 +138,9 @@ class PackedMaps:
                     _check_index((k, height, width), offsets, shard_keys, data.get_dtype(), data.get_shape())
                     keys.append(np.ascontiguousarray(shard_keys).view(f"S{shard_keys.shape[1]}")[:, 0])
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-                raise UserError(f"{path} is no shard of label maps or is damaged ({str(e)[:300]}); pack the maps again.") from e
+                raise UserError(
+                    f"{path} is no shard of label maps or is damaged ({str(e)[:300]}); pack the maps again."
+                ) from e
         all_keys = np.concatenate(keys)
         order = np.argsort(all_keys, kind="stable")
         self._keys = all_keys[order]

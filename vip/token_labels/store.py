@@ -1,5 +1,6 @@
 """Sets of label maps, whatever their layout: open, convert, check, compare."""
 
+import os
 import random
 import shutil
 import time
@@ -22,7 +23,7 @@ def open_label_maps(root: str | Path) -> LabelMaps:
         UserError: If there is none.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # false as well for what can be no path, where that of pathlib raises
         raise UserError(
             f"There are no label maps at {root}: give the folder that holds a folder of maps for each class, or packed "
             "maps; `vip generate-label` makes them."
