@@ -216,6 +216,7 @@ def test_damaged_logs(tmp_path: Path, content: str, said: str, command: Callable
 
 def test_no_log(tmp_path: Path, command: Callable[..., Outcome], make_run: MakeRun) -> None:
     assert "does not exist" in command("report", tmp_path / "nowhere").error("vip report")
+    assert "does not exist" in command("report", tmp_path / ("a" * 300)).error("vip report")
     assert "neither the summary.csv" in command("report", tmp_path).error("vip report")
     message = command("report", make_run([1.0]), "--against", ZOO / "vip_s14").error("vip report")
     assert "vip_s14 holds neither" in message and "models/vip_s7" in message

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
@@ -87,9 +88,10 @@ def read_run(path: str | Path) -> EpochLog:
     """
     folder = Path(path)
     names = ("summary.csv", "published_log.csv")
-    file = folder if folder.is_file() else next((folder / n for n in names if (folder / n).is_file()), None)
+    # of what can be no path, these are false where pathlib's raise
+    file = next((path for path in (folder, *(folder / n for n in names)) if os.path.isfile(path)), None)
     if file is None:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"{folder} does not exist; name the folder of a run, such as output/train/<run>.")
         raise UserError(
             f"{folder} holds neither the summary.csv of a run that has finished an epoch nor the published_log.csv of "
