@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
+import torch
 from exact_runs import ROOT
 from label_maps import write_maps
 
+import vip  # noqa: F401  # registers the models
 from vip.data.digits import write_digits
 
 FLAGS = """
@@ -40,6 +43,7 @@ class Watch:
     begin: float = field(default_factory=time.monotonic)
     processes: list[tuple[float, float, int, str, int, int]] = field(default_factory=list)
     epochs: list[tuple[float, float, float, int]] = field(default_factory=list)
+    references: list[tuple[float, float]] = field(default_factory=list)
 
     def observe(self, pid: int, life: int, born: float) -> None:
         """Note memory and open files of a process and of its loader processes."""
@@ -66,6 +70,21 @@ class Watch:
                 before = used
 
 
+def reference() -> Callable[[], float]:
+    """CPU seconds of a few training steps of the same model, always the same: what the machine gives at the moment."""
+    torch.set_num_threads(1)
+    model, images = timm.create_model("vip_nano4_32").to(torch.bfloat16), torch.randn(32, 3, 32, 32).to(torch.bfloat16)
+
+    def steps() -> float:
+        begin = time.process_time()
+        for _ in range(4):
+            model(images).sum().backward()
+        return time.process_time() - begin
+
+    steps()
+    return steps
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and of its loader processes."""
     ticks = 0
@@ -86,15 +105,17 @@ def main() -> None:
     maps = write_maps(args.output / "digits/train", args.output / "maps")
     command = [sys.executable, "train.py", str(args.output / "digits"), *FLAGS, "--token-label-data", str(maps)]
     command += ["--output", str(args.output.resolve()), "--experiment", f"run-{int(time.time())}"]
-    rng, watch, kills = random.Random(0), Watch(), 0
+    rng, watch, kills, steps = random.Random(0), Watch(), 0, reference()
     while (left := 60 * args.minutes - (time.monotonic() - watch.begin)) > 0:
-        live_once(command, min(left, args.kill_every * rng.uniform(0.5, 1.5)), rng, watch, kills)
+        live_once(command, min(left, args.kill_every * rng.uniform(0.5, 1.5)), rng, watch, kills, steps)
         kills += 1
     print(report(watch, kills, args.output))
 
 
-def live_once(command: list[str], seconds: float, rng: random.Random, watch: Watch, life: int) -> None:
-    """Start the training, watch it for so long, and end it by a signal."""
+def live_once(
+    command: list[str], seconds: float, rng: random.Random, watch: Watch, life: int, steps: Callable[[], float]
+) -> None:
+    """Start the training, watch it and the machine for so long, and end it by a signal."""
     born = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     assert process.stderr is not None
@@ -104,6 +125,7 @@ def live_once(command: list[str], seconds: float, rng: random.Random, watch: Wat
         time.sleep(5)
         assert process.poll() is None, f"the training ended with status {process.returncode}"
         watch.observe(process.pid, life, born)
+        watch.references.append((time.monotonic() - watch.begin, steps()))
     process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
     process.wait()
     reader.join()
@@ -114,6 +136,7 @@ def report(watch: Watch, kills: int, output: Path) -> str:
     for name, header, rows in (
         ("processes.csv", ("seconds", "age", "life", "role", "private_kb", "open_files"), watch.processes),
         ("epochs.csv", ("seconds", "images_per_second", "cpu_seconds", "life"), watch.epochs),
+        ("references.csv", ("seconds", "cpu_seconds"), watch.references),
     ):
         with open(output / name, "w", newline="") as file:
             csv.writer(file).writerows([header, *rows])
@@ -122,6 +145,11 @@ def report(watch: Watch, kills: int, output: Path) -> str:
     lines += ["| what | first ten minutes | last ten minutes | change |", "| :--- | ---: | ---: | ---: |"]
     lines.append(_row("images a second", watch.epochs, lambda row: row[1]))
     lines.append(_row("CPU seconds an epoch, validated and saved", watch.epochs, lambda row: row[2]))
+    lines.append(
+        _row("CPU ms of the same training steps in another process", watch.references, lambda row: 1e3 * row[1])
+    )
+    relative = [(row[0], row[2] / _near(watch.references, row[0])) for row in watch.epochs]
+    lines.append(_row("an epoch in such steps", relative, lambda row: row[1]))
     for role in ("training", "loader"):
         rows = [row for row in settled if row[3] == role]
         lines.append(_row(f"{role} process: MB", rows, lambda row: row[4] / 1000))
@@ -135,6 +163,11 @@ def report(watch: Watch, kills: int, output: Path) -> str:
                 f"most {most:.1f}"
             )
     return "\n".join(lines)
+
+
+def _near(references: list[tuple[float, float]], moment: float) -> float:
+    """The reference within half a minute of a moment."""
+    return statistics.median(seconds for when, seconds in references if abs(when - moment) < 30)
 
 
 def _row(what: str, rows: list, value: Callable[[tuple], float]) -> str:
