@@ -13,6 +13,7 @@ class RowsConfig(Options):
 
     models: list[str] = option([], "timm names or patterns, such as 'vip_*' (default: --table published)")
     table: str = option("", "a list of models: the comparison table as published", choices=("", "published"))
+    suite: str = option("", "targets: what is said of speed, measured (from a checkout)", choices=("", "performance"))
     baseline: str = option("", "model that ratios refer to (default: vip_s7 if it is there, else the first)")
     img_size: list[int] = option([], "image sizes, several for a sweep (default: each model's own)", low=1)
     batch_size: list[int] = option([32], "batch sizes, several for a sweep", "-b", low=1)
@@ -52,6 +53,7 @@ class OutputConfig(Options):
     """Results."""
 
     format: str = option("markdown", "what to print", choices=("markdown", "csv", "json"))
+    out: str = option("", "file for the Markdown table of --suite", metavar="FILE")
     output: str = option("", "folder for the table in all formats and the plots (default: output/benchmark/<time>)")
 
 

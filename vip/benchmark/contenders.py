@@ -4,15 +4,20 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.task import ClassificationTask
 
+import vip
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.counts import Counts, count
 from vip.benchmark.measure import Step, free_memory, is_out_of_memory, one_line, peak_memory, synchronize
 from vip.errors import UserError
+from vip.models.inference import optimize_for_inference
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, train_step
 from vip.training.factory import create_criterion, create_model, create_optimizer, resolve_data_config
@@ -23,11 +28,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """A model at an image size, its own if None, and a batch size."""
+    """A model at an image size, its own if None, and a batch size.
+
+    Attributes:
+        form: Empty for the model as it is, 'textbook' as its paper spells it out, 'optimized' for inference.
+    """
 
     model: str
     img_size: int | None
     batch_size: int
+    form: str = ""
 
 
 @dataclass
@@ -84,7 +94,7 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
     model: Any = create_model(training, None)
     input_size = tuple(resolve_data_config(model, training)["input_size"])
     counts = count(model, input_size)
-    model = model.to(device)
+    model = _in_form(model, case.form, config).to(device)
     images = torch.randn(batch_size, *input_size, device=device)
     if config.channels_last:
         model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
@@ -100,6 +110,27 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
     peak = peak_memory(step, device)
     memory = None if peak is None else peak + sum(t.nbytes for t in resident())
     return Contender(step, counts, input_size, batch_size, memory, first_seconds)
+
+
+def _in_form(model: Any, form: str, config: BenchmarkConfig) -> Any:
+    if form == "textbook":
+        return textbook(model)
+    return optimize_for_inference(model, getattr(torch, config.precision)) if form == "optimized" else model
+
+
+def textbook(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as its paper spells it out, by the code that the tests compare it with.
+
+    Raises:
+        UserError: Where there are no tests, as in an installed package.
+    """
+    folder = Path(vip.__file__).parents[1] / "tests"
+    found = PathFinder.find_spec("textbook_model", [str(folder)])
+    if found is None or found.loader is None:
+        raise UserError(f"The textbook models are those of the tests, and there are none at {folder}: use a checkout.")
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.textbook(model)
 
 
 def _training_config(case: Case, config: BenchmarkConfig) -> TrainConfig:

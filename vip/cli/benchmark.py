@@ -5,22 +5,37 @@ import logging
 import time
 from pathlib import Path
 
+import torch
+
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.environment import clocks, environment
 from vip.benchmark.runner import check_setting, choose_baseline, choose_models, run
+from vip.benchmark.suite import run_suite
 from vip.cli.arguments import parse
-from vip.reporting.benchmarks import csv_table, draw_benchmark, json_table, markdown_table, write_texts
+from vip.errors import UserError
+from vip.reporting.benchmarks import (
+    csv_table,
+    draw_benchmark,
+    findings_table,
+    json_table,
+    markdown_table,
+    write_texts,
+)
 from vip.reporting.logs import setup_logging
 from vip.training.runtime import setup_runtime
+
+_OF_SUITES = {"suite", "out", "device", "batch_size", "rounds", "seconds", "warmup", "seed"}
 
 _logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Parse the command line, measure, print and draw; 1 if a row failed."""
-    config, _ = parse(BenchmarkConfig, argv, "vip benchmark")
+    """Parse the command line, measure, print and draw; 1 if a row failed, or a target of a suite was missed."""
+    config, given = parse(BenchmarkConfig, argv, "vip benchmark")
     setup_logging(is_primary=True)
     device = setup_runtime(config.device).device
+    if config.suite:
+        return _suite(config, given, device)
     check_setting(config)
     models = choose_models(config)
     baseline = choose_baseline(config, models)
@@ -39,3 +54,21 @@ def main(argv: list[str]) -> int:
     files += draw_benchmark(rows, folder)
     _logger.info(f"Written to {folder}: {', '.join(file.name for file in files)}")
     return int(any(name.endswith("_error") for row in rows for name in row))
+
+
+def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> int:
+    if others := given - _OF_SUITES:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+        raise UserError(f"--suite chooses models and settings itself: leave out {names}.")
+    if not config.out:
+        raise UserError("--suite needs a file for its table: add --out FILE.")
+    if "batch_size" not in given:
+        config.batch_size = [256 if device.type == "cuda" else 8]
+    out = Path(config.out)
+    write_texts(out.parent, {})  # whether it can be written is to be known before
+    facts = environment(device)
+    findings = run_suite(config, device)
+    text = findings_table(findings, facts | clocks(device), f"{config.rounds} rounds of {config.seconds:g} s")
+    print(text)
+    write_texts(out.parent, {out.name: text + "\n"})
+    return int(any(finding.target and finding.verdict != "yes" for finding in findings))

@@ -1,5 +1,6 @@
 """Augmentation: timm's transforms, mixup and CutMix, as the options describe them."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -90,12 +91,39 @@ def create_train_transform(config: Any, data_config: dict[str, Any]) -> Any:
     if not config.no_aug and _policy(config):
         _check_policy(config)
     try:
-        return _create_transform(config, data_config)
+        transform = _create_transform(config, data_config)
     except (AssertionError, KeyError, ValueError, IndexError) as e:
         raise UserError(
             f"--aa {config.aa} is no augmentation policy timm knows ({type(e).__name__} {e}); try "
             "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, 3a, or none."
         ) from e
+    if not config.fast_images:
+        return transform
+    fast_images = import_fast_images()
+    interpolation, crop_mode = config.train_interpolation, config.train_crop_mode
+    if config.no_aug or crop_mode not in (None, "rrc") or interpolation not in ("random", "bilinear", "bicubic"):
+        raise UserError(
+            "--fast-images knows random resized crops with bilinear and bicubic filters: leave out --no-aug, "
+            "--train-crop-mode and --train-interpolation, or --fast-images."
+        )
+    parts = transform if isinstance(transform, tuple) else (transform,)  # of --aug-splits, of which one may be None
+    fast = tuple(part and fast_images.accelerate(part) for part in parts)
+    return fast if isinstance(transform, tuple) else fast[0]
+
+
+def import_fast_images() -> ModuleType:
+    """The module of `--fast-images`, which needs libraries that nothing else does.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    try:
+        import vip.data.fast_images as fast_images
+    except ImportError as e:
+        raise UserError(
+            f"--fast-images: {e}; pip install 'vision-permutator[fast]' or simplejpeg opencv-python-headless."
+        ) from e
+    return fast_images
 
 
 def _policy(config: AugmentationConfig) -> str | None:

@@ -49,6 +49,11 @@ class LoaderConfig(Options):
     workers: int = option(8, "loader processes of each training process", "-j", metavar="N", low=0)
     pin_mem: bool = option(False, "pin host memory, which speeds up copies to a GPU")
     no_prefetcher: bool = option(False, "normalize images in the loader processes instead of on the device")
+    fast_images: bool = option(
+        False,
+        "decode, resize and turn training images with simplejpeg, torch and OpenCV; they differ by rounding from "
+        "Pillow's",
+    )
     loader_timeout: float = option(
         1800.0, "seconds to wait for a batch of the loader processes, 0 for ever", metavar="X", low=0
     )

@@ -4,9 +4,10 @@ import logging
 import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -52,9 +53,16 @@ class ReadableImageDataset(ImageDataset):
         dataset: The data set whose reader, target transform and image mode are used.
         is_training: Replace unreadable images instead of leaving them out.
         max_bad_images: Distinct unreadable images from which on reading raises `UserError`.
+        decode: Decodes an image file to a mode.
     """
 
-    def __init__(self, dataset: ImageDataset, is_training: bool, max_bad_images: int) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        is_training: bool,
+        max_bad_images: int,
+        decode: Callable[[IO[bytes], str], Any] = decode_image,
+    ) -> None:
         super().__init__(
             None,
             reader=dataset.reader,
@@ -63,7 +71,7 @@ class ReadableImageDataset(ImageDataset):
             target_transform=dataset.target_transform,
         )
         self.is_training = is_training
-        self.max_bad_images = max_bad_images
+        self.max_bad_images, self.decode = max_bad_images, decode
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # one table for all workers
         self.reading = torch.full((_MOST_WORKERS, 2), -1).share_memory_()  # process and image of each worker
 
@@ -88,7 +96,7 @@ class ReadableImageDataset(ImageDataset):
             try:
                 file, target = self.reader[sample]
                 with file:
-                    image = file.read() if self.load_bytes else decode_image(file, self.input_img_mode)
+                    image = file.read() if self.load_bytes else self.decode(file, self.input_img_mode)
             except (UnreadableImage, OSError) as e:
                 self._skip(sample, e)
                 if self.is_training:
@@ -154,6 +162,7 @@ def create_split(
     is_training: bool,
     max_bad_images: int = 100,
     in_chans: int = 3,
+    decode: Callable[[IO[bytes], str], Any] = decode_image,
     **kwargs: Any,
 ) -> Dataset:
     """Create the data set of one split through timm.
@@ -164,6 +173,7 @@ def create_split(
         is_training: Whether the split is trained on.
         max_bad_images: Unreadable images to tolerate.
         in_chans: Image channels.
+        decode: Decodes the files of a folder or tar file.
         **kwargs: Passed to `timm.data.create_dataset`.
 
     Raises:
@@ -210,7 +220,7 @@ def create_split(
     if plain:
         _refuse_empty_classes(str(root), dataset, bool(config.class_map))
     if isinstance(dataset, ImageDataset) and plain:
-        dataset = ReadableImageDataset(dataset, is_training, max_bad_images)
+        dataset = ReadableImageDataset(dataset, is_training, max_bad_images, decode)
     return dataset
 
 

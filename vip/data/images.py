@@ -53,13 +53,22 @@ def decode_image(file: IO[bytes], mode: str = "RGB") -> Image.Image:
         raise UnreadableImage(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
 
 
+def check_size(width: int, height: int) -> None:
+    """Refuse an image by its size, before it is decoded.
+
+    Raises:
+        UnreadableImage: If it is too large or too long.
+    """
+    size = f"{width}x{height} pixels"
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{size}, more than {MAX_PIXELS} are refused")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnreadableImage(f"{size}, strips of more than {MAX_ASPECT} to 1 are refused")
+
+
 def _decode(file: IO[bytes], mode: str) -> Image.Image:
     image: Image.Image = Image.open(file, formats=FORMATS)
-    size = f"{image.width}x{image.height} pixels"
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImage(f"{size}, more than {MAX_PIXELS} are refused")
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise UnreadableImage(f"{size}, strips of more than {MAX_ASPECT} to 1 are refused")
+    check_size(*image.size)
     if image.mode.startswith("I"):
         pixels = np.asarray(image, np.float32)  # of which large images leave room for no more copies
         # Mode I is 32 bits wide and holds whatever depth the file had.

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vip.errors import UserError
@@ -50,6 +51,19 @@ def markdown_table(rows: list[Row], environment: dict[str, Any], baseline: str, 
         "; ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
     ]
     return "\n".join(lines)
+
+
+def findings_table(findings: Iterable[Any], environment: dict[str, Any], setting: str) -> str:
+    """The findings of a suite as a Markdown table, with setting and environment below."""
+    lines = ["| what | ratio (range of rounds) | target | met | |", "| :--- | ---: | ---: | :--- | :--- |"]
+    for finding in findings:
+        found, values = "not measured", finding.ratios
+        if values:
+            found = f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+        target = f"{'at most' if finding.at_most else 'at least'} {finding.target:g}" if finding.target else "-"
+        lines.append(f"| {finding.what} | {found} | {target} | {finding.verdict} | {finding.remark} |")
+    facts = "; ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
+    return "\n".join([*lines, "", f"{setting}.", "", facts])
 
 
 def _number(value: float | None, form: str = "", unit: str = "") -> str:

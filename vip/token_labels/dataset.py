@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision.transforms.functional import get_image_size
 
 from vip.data.datasets import ReadableImageDataset, class_to_idx
 from vip.errors import UserError
@@ -49,7 +50,7 @@ class TokenLabelDataset(ReadableImageDataset):
         region: str = "auto",
         published: bool = False,
     ) -> None:
-        super().__init__(dataset, dataset.is_training, dataset.max_bad_images)
+        super().__init__(dataset, dataset.is_training, dataset.max_bad_images, dataset.decode)
         self.maps, self.num_classes, self.grid, self.published = maps, num_classes, grid, published
         self._check_classes()
         recorded = maps.record.region if maps.record is not None else REGIONS["center"]
@@ -121,7 +122,7 @@ class TokenLabelDataset(ReadableImageDataset):
 
     def make_sample(self, index: int, image: Any, target: Any) -> tuple[Any, TokenLabels]:
         """Make the sample of a decoded image."""
-        size = image.size
+        size = get_image_size(image)
         image, moves = self.transform(image)
         label_map = self._read(index)
         if label_map is None:

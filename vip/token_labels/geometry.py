@@ -3,7 +3,6 @@
 Places in an image are shares of its width and height: (0, 0) is the left top corner, (1, 1) the right bottom one.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -11,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
+from timm.data.auto_augment import AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, MaybeToTensor, RandomResizedCropAndInterpolation
 from torchvision import transforms
+from torchvision.transforms.functional import get_image_size
 
+from vip.data.moves import MOVES, Matrix, crop_matrix, policy_ops
 from vip.errors import UserError
-
-Matrix = np.ndarray
 
 
 class Move(NamedTuple):
@@ -31,11 +30,6 @@ class Move(NamedTuple):
 
     kind: str
     matrix: Matrix
-
-
-def crop_matrix(left: float, top: float, width: float, height: float) -> Matrix:
-    """The matrix of an image that shows this part of another."""
-    return np.array([[width, 0, left], [0, height, top], [0, 0, 1]], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -172,38 +166,11 @@ class _Crop:
         return self.drawn
 
     def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Move]]:
+        columns, rows = get_image_size(image)
         cropped = self.crop(image)
         top, left, height, width = self.drawn
-        matrix = crop_matrix(left / image.width, top / image.height, width / image.width, height / image.height)
+        matrix = crop_matrix(left / columns, top / rows, width / columns, height / rows)
         return cropped, [Move("crop", matrix)]
-
-
-def _shear(x: float = 0.0, y: float = 0.0) -> Matrix:
-    return np.array([[1, x, 0], [y, 1, 0], [0, 0, 1]], dtype=np.float64)
-
-
-def _shift(x: float = 0.0, y: float = 0.0) -> Matrix:
-    return crop_matrix(x, y, 1, 1)
-
-
-def _rotation(image: Image.Image, degrees: float) -> Matrix:
-    """Counterclockwise, about the middle, as Pillow rotates."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    x, y = image.width / 2, image.height / 2
-    return _shift(x, y) @ turn @ _shift(-x, -y)
-
-
-# The operations of timm's policies that move pixels: from their argument to the matrix over pixels.
-_MOVES: dict[str, Callable[[Image.Image, float], Matrix]] = {
-    "Rotate": _rotation,
-    "ShearX": lambda image, factor: _shear(x=factor),
-    "ShearY": lambda image, factor: _shear(y=factor),
-    "TranslateX": lambda image, pixels: _shift(x=pixels),
-    "TranslateY": lambda image, pixels: _shift(y=pixels),
-    "TranslateXRel": lambda image, share: _shift(x=share * image.width),
-    "TranslateYRel": lambda image, share: _shift(y=share * image.height),
-}
 
 
 class _Augment:
@@ -212,15 +179,14 @@ class _Augment:
     def __init__(self, policy: RandAugment | AutoAugment) -> None:
         self.policy = policy
         self.moves: list[Move] = []
-        ops: list[AugmentOp] = policy.ops if isinstance(policy, RandAugment) else sum(policy.policy, [])
-        for op in ops:
-            if op.name in _MOVES:
+        for op in policy_ops(policy):
+            if op.name in MOVES:
                 function: Any = op.aug_fn
                 op.aug_fn = partial(self._move, op.name, function)  # type: ignore[assignment]
 
     def _move(self, name: str, function: Callable, image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
         pixels = crop_matrix(0, 0, image.width, image.height)
-        self.moves.append(Move("augment", np.linalg.inv(pixels) @ _MOVES[name](image, amount) @ pixels))
+        self.moves.append(Move("augment", np.linalg.inv(pixels) @ MOVES[name](image, amount) @ pixels))
         return function(image, amount, **kwargs)
 
     def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Move]]:

@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from vip.data.augmentation import create_mixup
+from vip.data.augmentation import create_mixup, import_fast_images
 from vip.data.datasets import check_same_classes, class_to_idx, create_split, unreadable_files
+from vip.data.images import decode_image
 from vip.data.loaders import create_eval_loader, create_train_loader, naming_lost_workers
 from vip.data.order import EpochOrder
 from vip.errors import SaveError, UserError
@@ -129,7 +130,9 @@ class Trainer:
 
     def _open_data(self) -> tuple[Dataset, Dataset]:
         config = self.config
-        common = dict(max_bad_images=config.max_bad_images, in_chans=_in_chans(config), seed=config.seed)
+        common: dict[str, Any] = dict(
+            max_bad_images=config.max_bad_images, in_chans=_in_chans(config), seed=config.seed
+        )
         with self._primary_first(config.dataset_download):
             train_data = create_split(
                 config,
@@ -138,6 +141,7 @@ class Trainer:
                 num_samples=config.train_num_samples,
                 batch_size=config.batch_size,
                 repeats=config.epoch_repeats,
+                decode=import_fast_images().decode_fast if config.fast_images else decode_image,
                 **common,
             )
             val_data = create_split(

@@ -1,0 +1,132 @@
+"""The performance suite: its findings by hand-made turns, and a whole run of small models."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from textbook_model import TextbookPermuteMlp
+from training_command import Outcome
+
+from vip.benchmark import contenders, pipeline, suite
+from vip.benchmark.config import BenchmarkConfig
+from vip.benchmark.contenders import Case
+from vip.benchmark.suite import Entry, Finding, Group, measure
+from vip.errors import UserError
+from vip.models.vision_permutator import PermuteMlp
+from vip.reporting.benchmarks import findings_table
+
+CPU = torch.device("cpu")
+QUICK = BenchmarkConfig(rounds=2, seconds=0.0, warmup=1, batch_size=[2])
+
+
+@pytest.mark.parametrize("name", ["vip_nano4_32", "lvvit_t"])
+def test_textbook_form_computes_the_same(name: str) -> None:
+    size = {"lvvit_t": dict(img_size=32, depth=2)}.get(name, {})
+    model = timm.create_model(name, **size).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model(x)
+    book = contenders.textbook(model)
+    torch.testing.assert_close(book(x), expected, rtol=1e-10, atol=1e-12)
+    kinds = {type(module).__name__ for module in book.modules()}
+    assert (TextbookPermuteMlp.__name__ in kinds) == (name == "vip_nano4_32")
+    assert not any(type(module) is PermuteMlp or getattr(module, "fused_attn", False) for module in book.modules())
+
+
+def test_textbook_form_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders.vip, "__file__", str(tmp_path / "vip/__init__.py"))
+    with pytest.raises(UserError, match="use a checkout"):
+        contenders.textbook(torch.nn.Identity())
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    own, other = Entry(), Entry(form="textbook")
+    group = Group({own: [1.0, 2.0, 4.0], other: [3.0, 4.0, 12.0]}, {}, {})
+    finding = group.faster("inference", own, other, 2.5)
+    assert finding.ratios == [3.0, 2.0, 3.0] and finding.verdict == "yes"
+    assert "textbook vip_s7 bfloat16 eager" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("finding", "verdict"),
+    [
+        (Finding("a", [1.0, 2.0, 3.0], 2.0), "yes"),
+        (Finding("a", [1.0, 2.0, 3.0], 2.1), "no"),
+        (Finding("a", [0.5], 0.6, at_most=True), "yes"),
+        (Finding("a", [0.7], 0.6, at_most=True), "no"),
+        (Finding("a", [], 0.6), "-"),
+        (Finding("a", [1.0]), "-"),
+    ],
+)
+def test_verdicts(finding: Finding, verdict: str) -> None:
+    assert finding.verdict == verdict
+    row = findings_table([finding], {"cpu": "x"}, "1 round").splitlines()[2]
+    assert f"| {verdict} |" in row and ("not measured" in row) == (not finding.ratios)
+
+
+def test_entries_take_turns_and_are_compared_with_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = torch.randn(64, 64)
+    monkeypatch.setattr(suite, "matmul_step", lambda dtype, device: (lambda: a @ a, 64**3))
+    entries = [Entry("vip_nano4_32", form, precision="float32") for form in ("", "textbook", "optimized")]
+    group = measure(entries, "inference", 2, QUICK, CPU)
+    assert all(len(group.seconds[entry]) == len(group.share[entry]) == 2 for entry in entries)
+    assert all(0 < group.share[entry][0] < 100 and (group.memory[entry] or 0) > 0 for entry in entries)
+
+
+@pytest.mark.slow
+def test_the_suite_writes_every_row(
+    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = suite.prepare
+
+    def small(case: Case, phase: str, config: BenchmarkConfig, device: torch.device) -> Any:
+        config = dataclasses.replace(config, torchcompile=None)
+        return prepare(dataclasses.replace(case, model="vip_nano4_32"), phase, config, device)
+
+    monkeypatch.setattr(suite, "prepare", small)
+    monkeypatch.setattr(suite, "MODELS", ("vip_m7",))
+    monkeypatch.setattr(suite, "data_path_ratios", lambda rounds: ([1.0], "here"))
+
+    def no_epoch(*args: Any) -> Any:
+        raise RuntimeError("no epoch")
+
+    monkeypatch.setattr(suite, "epoch_ratios", no_epoch)
+    out = tmp_path / "new/table.md"
+    flags = ("--device", "cpu", "--rounds", 1, "--seconds", 0, "--warmup", 1, "-b", 4)
+    outcome = command("benchmark", "--suite", "performance", "--out", out, *flags)
+    assert outcome.status == 1, "targets are missed"
+    table = out.read_text()
+    for what in ("float32 eager against textbook", "training step", "vip_m7", "fast-images", "peak memory"):
+        assert what in table
+    assert "| epoch_findings | not measured |" in table and "no epoch" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--suite", "performance"), "add --out FILE"),
+        (("--suite", "performance", "--out", "x", "--models", "vip_s7"), "leave out --models"),
+    ],
+)
+def test_mistakes(flags: tuple[str, ...], message: str, command: Callable[..., Outcome]) -> None:
+    outcome = command("benchmark", *flags, "--device", "cpu")
+    assert outcome.status == 2 and message in outcome.err
+
+
+def test_photographs_are_as_large_as_photographs(tmp_path: Path) -> None:
+    assert 60_000 < pipeline.write_photographs(tmp_path, 2) / 2 < 200_000
+
+
+@pytest.mark.slow
+def test_data_path_ratios() -> None:
+    ratios, remark = pipeline.data_path_ratios(rounds=2, images=32)
+    assert len(ratios) == 2 and all(0.5 < ratio < 10 for ratio in ratios) and "timm" in remark
+
+
+@pytest.mark.slow
+def test_epoch_ratios() -> None:
+    ratios, remark = pipeline.epoch_ratios(CPU, QUICK, epochs=2)
+    assert len(ratios) == 1 and 0.5 < ratios[0] < 10 and "vip_nano4_32" in remark

@@ -1,0 +1,69 @@
+"""`optimize_for_inference` against the models it is given."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vip
+from vip.models.vision_permutator import VisionPermutator
+
+SMALL = {
+    "vip_nano4_32": dict(aux_head=True),
+    "lvvit_t": dict(img_size=32, depth=2, embed_dim=48, num_heads=3),
+    "eamlp_7": dict(img_size=32, depth=2, embed_dim=48, num_heads=3),
+    "test_vit": dict(img_size=32),
+}
+
+
+def random_model(name: str) -> nn.Module:
+    """With scales, shifts and statistics that are not those of a new model, and all that drops on."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, drop_rate=0.3, drop_path_rate=0.3, **SMALL[name]).double().eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.1, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_it_computes_stays(name: str) -> None:
+    model = random_model(name)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ready = vip.optimize_for_inference(model, dtype=torch.float64)
+    torch.testing.assert_close(ready(x), model(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ready.forward_features(x), model.forward_features(x), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_only_training_needs_is_gone(name: str) -> None:
+    ready = vip.optimize_for_inference(random_model(name))
+    kinds = {type(module).__name__ for module in ready.modules()}
+    assert not kinds & {"DropPath", "Dropout", "BatchNorm2d"}
+    assert not ready.training and not any(p.requires_grad for p in ready.parameters())
+    if isinstance(ready, VisionPermutator):
+        assert ready.aux_head is None and ready.network[0][0].norm2.weight is None
+
+
+def test_precision_is_that_of_the_device_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("vip_nano4_32").float()
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert next(vip.optimize_for_inference(model).parameters()).dtype == expected
+    assert next(vip.optimize_for_inference(model, dtype=torch.float16).parameters()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["vip_nano4_32", "lvvit_t"])
+def test_exports_and_scripts(name: str) -> None:
+    ready = vip.optimize_for_inference(random_model(name), dtype=torch.float64)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = ready(x)
+    batch = torch.export.Dim("batch", max=64)
+    exported = torch.export.export(ready, (x,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(x), expected)
+    torch.testing.assert_close(exported(x[:1].repeat(5, 1, 1, 1))[:1], expected[:1])
+    torch.testing.assert_close(torch.jit.trace(ready, x)(x), expected)

@@ -1,0 +1,149 @@
+"""What surrounds the model: the data path of one core, and an epoch of a run against its steps alone."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, create_dataset, create_loader
+
+import vip
+from vip.benchmark.config import BenchmarkConfig
+from vip.benchmark.contenders import Case, prepare
+from vip.benchmark.measure import take_turn
+from vip.data.augmentation import create_mixup, import_fast_images
+from vip.data.datasets import create_split
+from vip.data.loaders import create_train_loader
+from vip.errors import UserError
+from vip.training.config import TrainConfig
+
+INPUT = dict(input_size=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
+CPU = torch.device("cpu")
+
+
+def write_photographs(folder: Path, count: int, width: int = 500, height: int = 375, quality: int = 90) -> int:
+    """Write JPEGs with the spectrum of photographs, whose amplitude falls with the frequency; returns bytes of all."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        spectrum = np.fft.rfft2(rng.standard_normal((3, height, width)), axes=(1, 2)) / np.maximum(frequency, 1 / width)
+        grey, *tints = np.fft.irfft2(spectrum, (height, width), axes=(1, 2))
+        planes = np.stack([grey, grey + 0.3 * tints[0], grey + 0.3 * tints[1]], -1)
+        pixels = np.clip(128 + 50 * (planes - planes.mean()) / planes.std(), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=quality)
+    return sum(path.stat().st_size for path in folder.glob("*.jpg"))
+
+
+def data_path_ratios(rounds: int, images: int = 128) -> tuple[list[float], str]:
+    """How much faster a core fills batches with `--fast-images` than timm's loader does, in each round, and a remark.
+
+    The recipe is the published one. What the device does (normalization and random erasing) is not part of it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            size = write_photographs(Path(folder, "train/a"), images) / images / 1e3
+            loaders = {"timm": _timm_loader(folder), "fast": _fast_loader(folder)}
+            seconds: dict[str, list[float]] = {name: [] for name in loaders}
+            for i in range(rounds + 1):
+                for name, loader in loaders.items():
+                    seconds[name].append(_seconds_an_image(loader, i))
+    finally:
+        torch.set_num_threads(threads)
+    rates = ", ".join(f"{name} {1 / np.median(times[1:]):,.0f} img/s" for name, times in seconds.items())
+    ratios = [a / b for a, b in zip(seconds["timm"][1:], seconds["fast"][1:], strict=True)]  # the first warms up
+    return ratios, f"CPU time; {rates}; {size:.0f} kB an image"
+
+
+def _seconds_an_image(loader: Any, epoch: int) -> float:
+    """CPU seconds, which other processes of the machine do not add to."""
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    begin, images = time.process_time(), 0
+    for batch, _ in loader:
+        images += len(batch)
+    return (time.process_time() - begin) / images
+
+
+def _fast_loader(folder: str) -> Any:
+    config = TrainConfig(data=folder, workers=0, fast_images=True)
+    data = create_split(config, "train", is_training=True, decode=import_fast_images().decode_fast)
+    mixup = create_mixup(config, 1000, config.smoothing, collate=True)
+    loader: Any = create_train_loader(data, config, INPUT, 32, mixup, CPU)
+    return loader.loader  # without the prefetcher, whose work is the device's
+
+
+def _timm_loader(folder: str) -> Any:
+    config = TrainConfig()
+    data = create_dataset("", root=f"{folder}/train", is_training=True)
+    mixup = FastCollateMixup(
+        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=1000
+    )
+    loader: Any = create_loader(
+        data,
+        batch_size=32,
+        is_training=True,
+        **INPUT | {"interpolation": "random"},  # type: ignore[arg-type]  # of values of several types
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        color_jitter=config.color_jitter,
+        auto_augment=config.aa,
+        num_workers=0,
+        collate_fn=mixup,
+        device=CPU,
+        persistent_workers=False,
+    )
+    return loader.loader
+
+
+def epoch_ratios(device: torch.device, config: BenchmarkConfig, epochs: int = 3) -> tuple[list[float], str]:
+    """The time of an epoch over that of its steps, in each epoch but the first, and a remark.
+
+    The images are small and not augmented, so that loading them takes no part. On a CPU the model is a small one.
+
+    Raises:
+        UserError: If the run fails.
+    """
+    gpu = device.type == "cuda"
+    model, batch, updates = ("vip_s7", config.batch_size[0], 60) if gpu else ("vip_nano4_32", 32, 40)
+    with tempfile.TemporaryDirectory() as folder:
+        for split, count in (("train", batch * updates), ("val", batch)):
+            _write_small_images(Path(folder, "data", split), count)
+        flags = (
+            f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug --mixup 0 "
+        )
+        flags += f"--cutmix 0 --reprob 0 --log-interval 1000 --device {device.type} -j {min(8, os.cpu_count() or 1)}"
+        flags += " --amp --amp-dtype bfloat16" if gpu else ""
+        root = Path(vip.__file__).parents[1]
+        command = [str(root / "distributed_train.sh"), "1", f"{folder}/data", *flags.split(), "--output", folder]
+        env = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        if done.returncode:
+            raise UserError(f"distributed_train.sh ended with status {done.returncode}: {done.stderr[-300:]}")
+        rates = [
+            float(rate.replace(",", "")) for rate in re.findall(r"^Epoch \d+: .* ([\d,]+) img/s", done.stderr, re.M)
+        ]
+    own = dataclasses.replace(config, precision="bfloat16" if gpu else "float32", torchcompile=None)
+    step = prepare(Case(model, None, batch), "train", own, device).step
+    seconds = min(take_turn(step, updates, device) for _ in range(2))
+    ratios = [batch / rate / seconds for rate in rates[1:]]
+    return ratios, f"{model}, batch {batch}, {batch / seconds:,.0f} img/s by its steps alone"
+
+
+def _write_small_images(folder: Path, count: int) -> None:
+    """JPEGs of one colour, links to ten files."""
+    for i in range(10):
+        (folder / str(i)).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (25 * i, 100, 100)).save(folder / str(i) / "0.jpg")
+    for i in range(10, count):
+        os.link(folder / str(i % 10) / "0.jpg", folder / str(i % 10) / f"{i}.jpg")

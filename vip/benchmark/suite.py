@@ -1,0 +1,224 @@
+"""The performance suite: what is said of speed, measured in one run against what it is said to be faster than."""
+
+import dataclasses
+import logging
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from vip.benchmark.config import BenchmarkConfig
+from vip.benchmark.contenders import Case, Contender, prepare
+from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, synchronize, take_turns
+from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
+from vip.benchmark.runner import MATMUL, PRODUCTS
+from vip.errors import UserError
+from vip.training.runtime import allow_fast_kernels
+
+_logger = logging.getLogger(__name__)
+
+MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way to run a model that takes turns with others."""
+
+    model: str = "vip_s7"
+    form: str = ""
+    compiled: bool = False
+    precision: str = "bfloat16"
+
+    def __str__(self) -> str:
+        words = [self.form, self.model, self.precision, "compiled" if self.compiled else "eager"]
+        return " ".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table of targets.
+
+    Attributes:
+        what: What is compared, and in which setting.
+        ratios: Of each round; empty where it could not be measured.
+        target: What the median is to reach, None for a row that is reported beside.
+        at_most: It is to stay below, and not to reach it.
+        remark: What else there is to say, such as why it could not be measured.
+    """
+
+    what: str
+    ratios: list[float]
+    target: float | None = None
+    at_most: bool = False
+    remark: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """'yes', 'no', or '-' where nothing was measured or is to be reached."""
+        if not self.ratios or self.target is None:
+            return "-"
+        found = median(self.ratios)
+        return "yes" if (found <= self.target if self.at_most else found >= self.target) else "no"
+
+
+def run_suite(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """Measure everything that can be measured on a device, group by group; what fails is a finding with a remark.
+
+    Args:
+        config: Rounds, seconds and warm-up; batch size of the models, the first of `batch_size`.
+        device: Device of the models.
+
+    Raises:
+        UserError: If the textbook models are not there.
+    """
+    allow_fast_kernels(device)
+    findings: list[Finding] = []
+    groups = (_on_gpu, _training) if device.type == "cuda" else (_on_cpu, _training)
+    for group in tqdm((*groups, _others, data_path_findings, epoch_findings), "Suite", leave=False, disable=None):
+        try:
+            findings += group(config, device)
+        except UserError:
+            raise
+        except Exception as e:  # one group may fail in a way of its own, and the others are worth having
+            _logger.warning(f"{group.__name__.strip('_')}: {one_line(e)}")
+            findings.append(Finding(group.__name__.strip("_"), [], remark=one_line(e)))
+        free_memory(device)
+    return findings
+
+
+@dataclass
+class Group:
+    """Entries that took turns.
+
+    Attributes:
+        seconds: Of an image, by entry, in each round.
+        memory: Peak memory of a step in bytes, by entry.
+        share: Share of the rate of a large matrix product, by entry, in each round.
+    """
+
+    seconds: dict[Entry, list[float]]
+    memory: dict[Entry, int | None]
+    share: dict[Entry, list[float]]
+
+    def faster(self, what: str, own: Entry, other: Entry, target: float | None = None) -> Finding:
+        """How much faster an entry is than another."""
+        ratios = [b / a for a, b in zip(self.seconds[own], self.seconds[other], strict=True)]
+        speeds = [f"{1 / median(self.seconds[entry]):,.0f}" for entry in (own, other)]
+        return Finding(f"{what}: {own} against {other}", ratios, target, remark=f"{speeds[0]} and {speeds[1]} img/s")
+
+
+def measure(
+    entries: Iterable[Entry], phase: str, batch_size: int, config: BenchmarkConfig, device: torch.device
+) -> Group:
+    """Let entries take turns.
+
+    Args:
+        entries: Those entries.
+        phase: 'inference' or 'train'.
+        batch_size: Images of a step.
+        config: Rounds, seconds, warm-up.
+        device: Device.
+    """
+    contenders: dict[Entry, Contender] = {}
+    for entry in entries:
+        compiler = "inductor" if entry.compiled else None
+        own = dataclasses.replace(config, precision=entry.precision, torchcompile=compiler)
+        contenders[entry] = prepare(Case(entry.model, None, batch_size, entry.form), phase, own, device)
+        synchronize(device)
+    products = {
+        precision: matmul_step(getattr(torch, precision), device) for precision in {e.precision for e in contenders}
+    }
+    steps: dict[Hashable, Step] = {(MATMUL, precision): step for precision, (step, _) in products.items()}
+    steps.update((entry, contender.step) for entry, contender in contenders.items())
+    turns = take_turns(steps, config.rounds, config.seconds, device)
+    for name, taken in turns.items():
+        if taken.error:
+            raise RuntimeError(f"{name}: {taken.error}")
+    group = Group({}, {}, {})
+    for entry, contender in contenders.items():
+        group.seconds[entry] = [seconds / contender.batch_size for seconds in turns[entry].seconds]
+        group.memory[entry] = contender.memory
+        macs, work = contender.counts.macs * PRODUCTS[phase], products[entry.precision][1]
+        pairs = zip(group.seconds[entry], turns[MATMUL, entry.precision].seconds, strict=True)
+        group.share[entry] = [macs / own / (work / product) for own, product in pairs]
+    return group
+
+
+def _on_gpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    batch = config.batch_size[0]
+    book, book_compiled = Entry(form="textbook"), Entry(form="textbook", compiled=True)
+    own, best, rival = Entry(), Entry(form="optimized", compiled=True), Entry("resmlp_24_224", compiled=True)
+    group = measure([book, own, book_compiled, best, rival], "inference", batch, config, device)
+    what = f"inference, batch {batch}"
+    return [
+        group.faster(what, best, book, 2.5),
+        group.faster(what, best, book_compiled, 1.4),
+        group.faster(what, best, rival, 1.0),
+        Finding(f"{what}: {best}, share of the matrix product", group.share[best], 0.45),
+        group.faster(what, own, book),
+    ]
+
+
+def _on_cpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    batch = config.batch_size[0]
+    book, own = Entry(form="textbook", precision="float32"), Entry(precision="float32")
+    compiled = Entry(form="optimized", compiled=True, precision="float32")
+    entries = [book, own, compiled]
+    bfloat16 = Entry(form="optimized", compiled=True)
+    if torch.cpu._is_avx512_bf16_supported():
+        entries.append(bfloat16)
+    group = measure(entries, "inference", batch, config, device)
+    what = f"inference, batch {batch}"
+    findings = [group.faster(what, own, book, 1.0), group.faster(what, compiled, book, 1.25)]
+    if bfloat16 in entries:
+        findings.append(group.faster(what, bfloat16, book, 2.0))
+    return findings
+
+
+def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    batch, precision = config.batch_size[0], "bfloat16" if device.type == "cuda" else "float32"
+    book, own = Entry(form="textbook", precision=precision), Entry(precision=precision)
+    entries = [book, own]
+    if device.type == "cuda":
+        entries += [dataclasses.replace(entry, compiled=True) for entry in entries]
+    group = measure(entries, "train", batch, config, device)
+    best, memory = entries[-1], [group.memory[entry] for entry in (entries[-1], book)]
+    what, targets = f"training step, batch {batch}", (2.0, 1.3) if device.type == "cuda" else (None, None)
+    findings = [group.faster(what, best, book, targets[0])]
+    if device.type == "cuda":
+        findings += [group.faster(what, best, entries[2], targets[1]), group.faster(what, own, book)]
+    if memory[0] and memory[1]:
+        remark = f"{memory[0] / 1e9:.2f} and {memory[1] / 1e9:.2f} GB"
+        ratio, limit = memory[0] / memory[1], 0.6 if device.type == "cuda" else None
+        findings.append(Finding(f"{what}: peak memory, {best} against {book}", [ratio], limit, True, remark))
+    return findings
+
+
+def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """None of the other models may be slower than as its paper spells it out."""
+    precision, batch = "bfloat16" if device.type == "cuda" else "float32", max(1, config.batch_size[0] // 4)
+    config = dataclasses.replace(config, rounds=min(config.rounds, 3), seconds=config.seconds / 2)
+    findings = []
+    for model in MODELS:
+        own, book = Entry(model, precision=precision), Entry(model, "textbook", precision=precision)
+        for phase in ("inference", "train"):
+            group = measure([own, book], phase, batch, config, device)
+            findings.append(group.faster(f"{phase}, batch {batch}", own, book, 1.0))
+            free_memory(device)
+    return findings
+
+
+def data_path_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """The training data path of one core."""
+    ratios, remark = data_path_ratios(config.rounds)
+    what = "training data path, one core, 500x375 JPEGs, published recipe: --fast-images against timm's loader"
+    return [Finding(what, ratios, 1.5, remark=remark)]
+
+
+def epoch_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """An epoch of `distributed_train.sh` against its steps alone."""
+    ratios, remark = epoch_ratios(device, config)
+    what = "time of an epoch of distributed_train.sh, against its steps alone, small images"
+    return [Finding(what, ratios, 1.03, at_most=True, remark=remark)]

@@ -1,0 +1,95 @@
+"""The training images of `--fast-images`: Pillow's slow steps done by faster libraries.
+
+The random numbers that are drawn are those of timm's transforms, so that an image is cropped, turned and coloured as
+it is without them; its pixels differ by the rounding and the filters of the libraries.
+"""
+
+import io
+import random
+from functools import partial
+from typing import IO, Any
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.auto_augment import AutoAugment, RandAugment
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
+
+from vip.data.images import check_size, decode_image
+from vip.data.moves import MOVES, crop_matrix, policy_ops
+
+cv2.setNumThreads(0)  # loader processes are as many as there are cores
+
+_WARPS = {
+    Image.Resampling.NEAREST: cv2.INTER_NEAREST,
+    Image.Resampling.BILINEAR: cv2.INTER_LINEAR,
+    Image.Resampling.BICUBIC: cv2.INTER_CUBIC,
+}
+
+
+def decode_fast(file: IO[bytes], mode: str = "RGB") -> Image.Image | torch.Tensor:
+    """Decode an image file, a colour JPEG to `[3, H, W]` in bytes, anything else as `decode_image` does.
+
+    Raises:
+        UnreadableImage: As `decode_image` does.
+    """
+    data = file.read()
+    if mode == "RGB" and simplejpeg.is_jpeg(data):
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            check_size(width, height)
+            if colorspace in ("YCbCr", "Gray"):
+                return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+        except ValueError:  # damaged, of which Pillow may make more, and says what it is
+            pass
+    return decode_image(io.BytesIO(data), mode)
+
+
+class FastCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop, resized by torch, whose filters are Pillow's."""
+
+    def __call__(self, img: Image.Image | torch.Tensor) -> Image.Image:
+        """Crop and resize an image, or its bytes `[C, H, W]`."""
+        top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        mode: InterpolationMode = self.interpolation
+        if isinstance(mode, tuple | list):
+            mode = random.choice(mode)
+        if isinstance(img, torch.Tensor):
+            crop = img[:, top : top + height, left : left + width]
+        else:
+            crop = pil_to_tensor(img.crop((left, top, left + width, top + height)))
+        crop = crop[None].contiguous(memory_format=torch.channels_last)  # for which torch has the faster filter
+        resized = F.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
+        return Image.fromarray(resized.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def accelerate(transform: Any) -> Any:
+    """Replace the slow steps of a training transform of timm, in place.
+
+    Args:
+        transform: What `timm.data.create_transform(..., is_training=True)` gave, with bilinear or bicubic resizing.
+    """
+    for step in transform.transforms:
+        if type(step) is RandomResizedCropAndInterpolation:
+            step.__class__ = FastCrop
+        elif isinstance(step, RandAugment | AutoAugment):
+            for op in policy_ops(step):
+                if op.name in MOVES:
+                    op.aug_fn = partial(_warp, op.name)  # type: ignore[assignment]  # it was a function
+    return transform
+
+
+def _warp(name: str, image: Image.Image, amount: float, fillcolor: Any, resample: Any) -> Image.Image:
+    """Rotate, shear or shift an image as an operation of timm does."""
+    if isinstance(resample, tuple | list):
+        resample = random.choice(resample)
+    # pixels are at their middles for Pillow, and at whole numbers for OpenCV
+    matrix = crop_matrix(-0.5, -0.5, 1, 1) @ MOVES[name](image, amount) @ crop_matrix(0.5, 0.5, 1, 1)
+    flags = _WARPS[resample] | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(np.asarray(image), matrix[:2], image.size, flags=flags, borderValue=fillcolor)
+    return Image.fromarray(moved)

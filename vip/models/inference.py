@@ -1,0 +1,90 @@
+"""Models made ready for inference: what only training needs is gone, and what can be computed beforehand is."""
+
+import copy
+from typing import Any
+
+import torch
+from timm.layers import Attention, DropPath
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .external_attention_mlp import Block as ExternalAttentionBlock
+from .external_attention_mlp import TokenBlock
+from .lv_vit import Block as LVViTBlock
+from .lv_vit import ConvPatchEmbed
+from .vision_permutator import PermutatorBlock, VisionPermutator
+
+__all__ = ["optimize_for_inference"]
+
+
+def optimize_for_inference(
+    model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = True, int8: bool = False
+) -> nn.Module:
+    """Make a copy of a model that computes the same with less.
+
+    Dropout, stochastic depth and an auxiliary head that `forward` does not use are left out; BatchNorm becomes part of
+    the convolution before it, and the scale and shift of the LayerNorm before an MLP or attention part of its first
+    layer. `forward`, `forward_features` and `forward_intermediates` give what they gave, but for rounding.
+
+    Args:
+        model: A model of this package; of others, dropout and stochastic depth are left out.
+        dtype: Type of the weights; None: bfloat16 where the device computes with it, else the one they have.
+        channels_last: Lay the images out channels last, which spares the patch embedding of ViP a copy.
+        int8: Compute linear layers in 8 bits, scaled for each image's tokens as they come; needs torchao. Compile the
+            result, without which this is slow.
+
+    Returns:
+        The copy, in evaluation mode; it can be compiled, exported and scripted. Its images have the type of its
+        weights.
+
+    Raises:
+        ImportError: If torchao is needed and missing.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(model, VisionPermutator):
+        model.aux_head, model.use_aux_head = None, False
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DropPath | nn.Dropout):
+                setattr(module, name, nn.Identity())
+        if isinstance(module, ConvPatchEmbed):
+            _fold_batch_norms(module)
+        if isinstance(module, PermutatorBlock | LVViTBlock | ExternalAttentionBlock | TokenBlock):
+            _fold_layer_norm(module.norm2, module.mlp.fc1)
+            if isinstance(module.attn, Attention):
+                _fold_layer_norm(module.norm1, module.attn.qkv)
+    if int8:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    model = model.to(_fast_dtype(model) if dtype is None else dtype)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
+    for i in (1, 2, 3):
+        conv, norm = getattr(stem, f"conv{i}"), getattr(stem, f"bn{i}")
+        setattr(stem, f"conv{i}", fuse_conv_bn_eval(conv, norm))
+        setattr(stem, f"bn{i}", nn.Identity())
+
+
+def _fold_layer_norm(norm: Any, layer: Any) -> None:
+    """Let a linear layer scale and shift what the norm before it did."""
+    if not isinstance(norm, nn.LayerNorm) or not isinstance(layer, nn.Linear) or norm.weight is None:
+        return
+    weight, bias = layer.weight.double(), 0 if layer.bias is None else layer.bias.double()
+    if norm.bias is not None:
+        layer.bias = nn.Parameter((bias + weight @ norm.bias.double()).to(layer.weight), requires_grad=False)
+    layer.weight = nn.Parameter((weight * norm.weight.double()).to(layer.weight), requires_grad=False)
+    norm.register_parameter("weight", None)
+    norm.register_parameter("bias", None)
+
+
+def _fast_dtype(model: nn.Module) -> torch.dtype:
+    """The type of floating point numbers that the model's device is fastest with, of those that keep its accuracy."""
+    weight = next(model.parameters())
+    if weight.device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else weight.dtype
