@@ -510,6 +510,8 @@ def test_image_size_no_stage_divides(train_refuses: Refused, validate_refuses: R
         ("--device toaster", ["'toaster'", "cpu"]),
         ("--torchcompile speed", ["speed"]),
         ("--config none.yaml", ["none.yaml"]),
+        (f"--resume {'x' * 300}", ["no checkpoint at xxx"]),
+        (f"--output {'x' * 300}", ["Cannot write to xxx"]),
         ("--log-wandb", ["wandb", "pip install"]),
     ],
 )
@@ -533,6 +535,7 @@ def test_options_that_are_wrong(
         ("--torchcompile speed", ["speed"]),
         ("--checkpoints x", ["--checkpoints", "Did you mean --checkpoint"]),
         ("--in-chans 1", ["patch_embed.proj.weight"]),
+        ("--model-kwargs mlp_ratio=0", ["mlp.fc1.weight", "--model-kwargs"]),
     ],
 )
 def test_options_of_validation_that_are_wrong(validate_refuses: Refused, flags: str, words: list[str]) -> None:

@@ -75,7 +75,7 @@ def find_state(config: TrainConfig) -> tuple[str, dict[str, Any]]:
         raise UserError("--resume auto looks in the folder of the run: name it with --experiment.")
     auto = config.resume == "auto"
     path = Path(config.output or "output/train", config.experiment) if auto else Path(config.resume)
-    if path.is_dir():
+    if os.path.isdir(path):  # false as well for what can be no path, where that of pathlib raises
         found = _newest_state(path)
         if found[0]:
             return found

@@ -46,7 +46,8 @@ def refuse_existing_run(folder: Path) -> None:
     Raises:
         UserError: If the folder holds a run.
     """
-    if (folder / "last.pth.tar").exists() or (folder / RECOVERY).exists():
+    # of what can be no path, these are false where pathlib's raise
+    if any(os.path.exists(folder / name) for name in ("last.pth.tar", RECOVERY)):
         raise UserError(
             f"{folder} holds a run already: continue it with --resume auto, or choose another --experiment."
         )

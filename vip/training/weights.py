@@ -245,7 +245,9 @@ def _describe_mismatch(model: nn.Module, state_dict: StateDict, path: str | Path
         example = f" For example {key} is {list(state_dict[key].shape)} there and {list(own[key].shape)} in the model."
     elif missing or unknown:
         example = f" For example {min(missing or unknown)} is {'missing' if missing else 'unknown'}."
-    advice = f" It holds {found}: use --model {found}." if found and found != name else ""
+    advice = (
+        f" It holds {found}: use --model {found}." if found and found != name else " Check --model and --model-kwargs."
+    )
     return f"The weights in {path} do not fit {name}: {counts or 'some'} of {len(own)} tensors.{example}{advice}"
 
 
