@@ -324,6 +324,7 @@ def test_no_record(tmp_path: Path) -> None:
         '{"region": {"img_size": [1, 1], "zoom": 2}}',
         '{"region": {"img_size": [1, 1]}, "num_classes": "10"}',
         '{"region": {"img_size": [1, 1]}, "num_classes": 0}',
+        '{"region": {"img_size": [1, 1]}, "num_classes": "' + "a" * 1000 + '"}',
         '{"region": {"img_size": [1, 1]}, "classes": 10}',
         '{"region": {"img_size": [1, 1]}, "classes": [1, 2]}',
         '{"region": {"img_size": [1, 1]}, "classes": ["a", "a"]}',

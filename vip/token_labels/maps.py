@@ -79,7 +79,8 @@ class MapRecord:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise UserError(f"{root / RECORD} is damaged ({type(e).__name__}: {e}); generate the maps again.") from e
+            reason = f"{type(e).__name__}: {e}"[:300]
+            raise UserError(f"{root / RECORD} is damaged ({reason}); generate the maps again.") from e
         return record
 
     def _check(self) -> None:
