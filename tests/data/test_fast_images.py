@@ -13,7 +13,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from vip.data import fast_images
-from vip.data.augmentation import create_train_transform
+from vip.data.augmentation import create_mixup, create_train_transform
 from vip.data.fast_images import FastCrop, decode_fast
 from vip.data.images import UnreadableImage, decode_image
 from vip.data.moves import MOVES
@@ -139,6 +139,21 @@ def test_samples_are_those_of_timm(policy: str) -> None:
         assert samples[0][1:] == samples[1][1:], "as many random numbers were drawn"
         differences.append(float((samples[0][0] - samples[1][0]).abs().mean()))
     assert np.median(differences) < 0.5 and max(differences) < 8, "levels of 256"
+
+
+@pytest.mark.parametrize("options", [{"cutmix": 0.0}, {"mixup": 0.0}, {"mixup_prob": 0.5}], ids=str)
+def test_batches_are_mixed_as_by_timm(options: dict[str, Any]) -> None:
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = [(image, i) for i, image in enumerate(images)]
+    plain, fast = (create_mixup(TrainConfig(fast_images=f, **options), 10, 0.1, collate=True) for f in (False, True))
+    assert type(plain) is not type(fast)
+    for seed in range(20):
+        mixed = []
+        for mixup in (plain, fast):
+            seed_generators(seed, devices=False)
+            mixed.append(mixup([(image.clone(), i) for image, i in batch]))
+        torch.testing.assert_close(mixed[0][1], mixed[1][1], rtol=0, atol=0)
+        assert (mixed[0][0].int() - mixed[1][0].int()).abs().max() <= 1
 
 
 # --- mistakes

@@ -26,7 +26,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 NAME_TO_OP.update({name: _posterize for name in NAME_TO_OP if name.startswith("Posterize")})
 
 
-class _CollateMixup(FastCollateMixup):
+class CollateMixup(FastCollateMixup):
     """Mixes while collating; switching it off reaches the copies in loader processes that are already running."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -35,6 +35,7 @@ class _CollateMixup(FastCollateMixup):
 
     @property
     def mixup_enabled(self) -> bool:
+        """Whether batches are mixed."""
         return bool(self._enabled)
 
     @mixup_enabled.setter
@@ -42,11 +43,21 @@ class _CollateMixup(FastCollateMixup):
         self._enabled.fill_(enabled)
 
 
-def create_mixup(config: AugmentationConfig, num_classes: int, smoothing: float, collate: bool) -> Mixup | None:
-    """Mixup and CutMix as a collate function or as a function of a batch, None where both are off."""
+def create_mixup(config: Any, num_classes: int, smoothing: float, collate: bool) -> Mixup | None:
+    """Mixup and CutMix as a collate function or as a function of a batch, None where both are off.
+
+    Args:
+        config: An `AugmentationConfig` that is also a `LoaderConfig`.
+        num_classes: Classes of the targets.
+        smoothing: Label smoothing of the targets.
+        collate: Mix while collating.
+    """
     if not config.mixup_active:
         return None
-    return (_CollateMixup if collate else Mixup)(
+    kind: type[Mixup] = CollateMixup if collate else Mixup
+    if collate and config.fast_images:
+        kind = import_fast_images().FastCollateMixup
+    return kind(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         cutmix_minmax=config.cutmix_minmax,

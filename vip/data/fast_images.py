@@ -6,6 +6,7 @@ it is without them; its pixels differ by the rounding and the filters of the lib
 
 import io
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import IO, Any
 
@@ -16,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import AutoAugment, RandAugment
+from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 
+from vip.data.augmentation import CollateMixup
 from vip.data.images import check_size, decode_image
 from vip.data.moves import MOVES, crop_matrix, policy_ops
 
@@ -66,6 +69,26 @@ class FastCrop(RandomResizedCropAndInterpolation):
         crop = crop[None].contiguous(memory_format=torch.channels_last)  # for which torch has the faster filter
         resized = F.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
         return Image.fromarray(resized.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+class FastCollateMixup(CollateMixup):
+    """timm's mixup and CutMix of whole batches while collating, mixed by OpenCV, which rounds as timm does."""
+
+    def _mix_batch_collate(self, output: torch.Tensor, batch: Sequence[Any]) -> float:
+        lam, use_cutmix = self._params_per_batch()
+        images, out = [image.numpy() for image, *_ in batch], output.numpy()
+        if use_cutmix:
+            (top, bottom, left, right), lam = cutmix_bbox_and_lam(
+                output.shape, lam, ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam
+            )
+        for own, other, mixed in zip(images, reversed(images), out, strict=True):
+            if lam == 1 or use_cutmix:
+                mixed[:] = own
+                if lam != 1:
+                    mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+            else:
+                cv2.addWeighted(own, lam, other, 1 - lam, 0, dst=mixed)
+        return lam
 
 
 def accelerate(transform: Any) -> Any:
