@@ -49,11 +49,6 @@ class LoaderConfig(Options):
     workers: int = option(8, "loader processes of each training process", "-j", metavar="N", low=0)
     pin_mem: bool = option(False, "pin host memory, which speeds up copies to a GPU")
     no_prefetcher: bool = option(False, "normalize images in the loader processes instead of on the device")
-    fast_images: bool = option(
-        False,
-        "decode, resize and turn training images with simplejpeg, torch and OpenCV; they differ by rounding from "
-        "Pillow's",
-    )
     loader_timeout: float = option(
         1800.0, "seconds to wait for a batch of the loader processes, 0 for ever", metavar="X", low=0
     )
@@ -94,6 +89,11 @@ class AugmentationConfig(Options):
     mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup", low=0, high=1)
     mixup_mode: str = option("batch", "what shares one mixup parameter", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N", low=0)
+    fast_images: bool = option(
+        False,
+        "decode, resize and turn training images with simplejpeg, torch and OpenCV; they differ by rounding from "
+        "Pillow's",
+    )
     train_interpolation: str = option(
         "random", "resizing of training images; random picks bilinear or bicubic", choices=("random", *INTERPOLATIONS)
     )
