@@ -67,3 +67,12 @@ def test_exports_and_scripts(name: str) -> None:
     torch.testing.assert_close(exported(x), expected)
     torch.testing.assert_close(exported(x[:1].repeat(5, 1, 1, 1))[:1], expected[:1])
     torch.testing.assert_close(torch.jit.trace(ready, x)(x), expected)
+
+
+@pytest.mark.slow
+def test_compiled_with_packed_weights() -> None:
+    model = random_model("vip_nano4_32").float()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        compiled = vip.optimize_for_inference(model, dtype=torch.float32, compiled=True)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)

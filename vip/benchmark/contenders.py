@@ -1,5 +1,6 @@
 """Models with a step to time: a forward pass, or one step of training as `vip train` takes it."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -99,6 +100,8 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
     if config.channels_last:
         model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
     create = _inference_step if phase == "inference" else _training_step
+    if case.form == "optimized" and config.torchcompile:
+        config = dataclasses.replace(config, torchcompile=None)  # it is compiled already
     step, resident = create(model, images, config, training)
 
     start = time.perf_counter()
@@ -115,7 +118,9 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
 def _in_form(model: Any, form: str, config: BenchmarkConfig) -> Any:
     if form == "textbook":
         return textbook(model)
-    return optimize_for_inference(model, getattr(torch, config.precision)) if form == "optimized" else model
+    if form == "optimized":
+        return optimize_for_inference(model, getattr(torch, config.precision), compiled=bool(config.torchcompile))
+    return model
 
 
 def textbook(model: torch.nn.Module) -> torch.nn.Module:

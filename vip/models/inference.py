@@ -18,8 +18,12 @@ __all__ = ["optimize_for_inference"]
 
 
 def optimize_for_inference(
-    model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = True, int8: bool = False
-) -> nn.Module:
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = True,
+    int8: bool = False,
+    compiled: bool = False,
+) -> Any:
     """Make a copy of a model that computes the same with less.
 
     Dropout, stochastic depth and an auxiliary head that `forward` does not use are left out; BatchNorm becomes part of
@@ -32,10 +36,12 @@ def optimize_for_inference(
         channels_last: Lay the images out channels last, which spares the patch embedding of ViP a copy.
         int8: Compute linear layers in 8 bits, scaled for each image's tokens as they come; needs torchao. Compile the
             result, without which this is slow.
+        compiled: Compile the result by torch.compile, with its weights packed for the device; call it without
+            gradients, as under `torch.inference_mode`.
 
     Returns:
-        The copy, in evaluation mode; it can be compiled, exported and scripted. Its images have the type of its
-        weights.
+        The copy, in evaluation mode; unless compiled, it can be exported and scripted. Its images have the type of
+        its weights.
 
     Raises:
         ImportError: If torchao is needed and missing.
@@ -58,7 +64,9 @@ def optimize_for_inference(
 
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
     model = model.to(_fast_dtype(model) if dtype is None else dtype)
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return torch.compile(model, options={"freezing": True}) if compiled else model
 
 
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
