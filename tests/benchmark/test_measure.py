@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vip.benchmark import measure
-from vip.benchmark.measure import is_out_of_memory, one_line, peak_memory, take_turn, take_turns
+from vip.benchmark.measure import is_out_of_memory, one_line, peak_memory, take_turn, take_turns, time_shares
 
 CPU = torch.device("cpu")
 
@@ -311,3 +311,11 @@ def test_products_of_the_matrix_product() -> None:
         step()
     assert flops.get_total_flops() == 2 * products == 2 * 2048**3
     assert peak_memory(step, CPU) < 2048**2, "it allocates its result each time"
+
+
+def test_shares_of_time_are_of_the_kinds_of_operations() -> None:
+    a = torch.randn(512, 512)
+    products = time_shares(lambda: a @ a, CPU)
+    copies = time_shares(lambda: [a.t().contiguous() for _ in range(20)], CPU)
+    assert sum(products.values()) == pytest.approx(1) and products["matrix products"] > 0.8
+    assert sum(copies.values()) == pytest.approx(1) and copies["copies"] > 0.6

@@ -101,6 +101,7 @@ def test_the_suite_writes_every_row(
     table = out.read_text()
     for what in ("float32 eager against textbook", "training step", "vip_m7", "fast-images", "peak memory"):
         assert what in table
+    assert "| inference: textbook vip_s7 float32 eager |" in table and "matrix products" in table
     assert "| epoch_findings | not measured |" in table and "no epoch" in table
 
 

@@ -155,6 +155,31 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
     return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])), default=0)
 
 
+_KINDS = {  # of kernels and operations, by what their names hold
+    "matrix products": ("gemm", "mm", "cutlass", "nvjet", "xmma", "mkldnn_linear", "convolution", "conv2d"),
+    "copies": ("copy", "clone", "cat", "elementwise_kernel_with_index"),
+    "norms, means and softmax": ("norm", "mean", "sum", "softmax", "reduce", "_red_", "_per_"),
+    "activations": ("gelu", "relu"),
+    "other element by element": ("add", "mul", "div", "elementwise", "_poi_", "foreach", "adam"),
+}
+
+
+def time_shares(step: Step, device: torch.device) -> dict[str, float]:
+    """Shares of the time of a step by kind of operation, of the device's kernels where it is a GPU."""
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with _silent_stderr(), profile(activities=activities) as profiler:
+        step()
+        synchronize(device)
+    seconds = dict.fromkeys((*_KINDS, "rest"), 0.0)
+    for event in profiler.key_averages():
+        if gpu and event.device_type.name != "CUDA":  # whose kernels are events of their own
+            continue
+        kind = next((kind for kind, words in _KINDS.items() if any(word in event.key for word in words)), "rest")
+        seconds[kind] += event.self_device_time_total if gpu else event.self_cpu_time_total
+    return {kind: value / max(sum(seconds.values()), 1e-9) for kind, value in seconds.items()}
+
+
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Drop what libraries write to standard error: torch's profiler tells every start and stop, and a missing GPU."""

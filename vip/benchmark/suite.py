@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.contenders import Case, Contender, prepare
-from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, synchronize, take_turns
+from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, synchronize, take_turns, time_shares
 from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
 from vip.errors import UserError
@@ -208,6 +208,22 @@ def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
             findings.append(group.faster(f"{phase}, batch {batch}", own, book, 1.0))
             free_memory(device)
     return findings
+
+
+def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, dict[str, float]]:
+    """Shares of the time of a step by kind of operation, for the models whose paths differ."""
+    precision = "bfloat16" if device.type == "cuda" else "float32"
+    entries = [Entry(form="textbook", precision=precision), Entry(precision=precision)]
+    entries.append(Entry("resmlp_24_224", precision=precision))
+    shares = {}
+    for phase in ("inference", "train"):
+        for entry in entries:
+            own = dataclasses.replace(config, precision=entry.precision)
+            contender = prepare(Case(entry.model, None, config.batch_size[0], entry.form), phase, own, device)
+            shares[f"{phase}: {entry}"] = time_shares(contender.step, device)
+            del contender
+            free_memory(device)
+    return shares
 
 
 def data_path_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:

@@ -10,7 +10,7 @@ import torch
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.environment import clocks, environment
 from vip.benchmark.runner import check_setting, choose_baseline, choose_models, run
-from vip.benchmark.suite import run_suite
+from vip.benchmark.suite import run_suite, where_time_goes
 from vip.cli.arguments import parse
 from vip.errors import UserError
 from vip.reporting.benchmarks import (
@@ -19,6 +19,7 @@ from vip.reporting.benchmarks import (
     findings_table,
     json_table,
     markdown_table,
+    shares_table,
     write_texts,
 )
 from vip.reporting.logs import setup_logging
@@ -68,7 +69,9 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
     write_texts(out.parent, {})  # whether it can be written is to be known before
     facts = environment(device)
     findings = run_suite(config, device)
-    text = findings_table(findings, facts | clocks(device), f"{config.rounds} rounds of {config.seconds:g} s")
+    setting = f"{config.rounds} rounds of {config.seconds:g} s"
+    text = findings_table(findings, facts | clocks(device), setting)
+    text = f"{shares_table(where_time_goes(config, device))}\n\n{text}"
     print(text)
     write_texts(out.parent, {out.name: text + "\n"})
     return int(any(finding.target and finding.verdict != "yes" for finding in findings))

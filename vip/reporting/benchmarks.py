@@ -66,6 +66,14 @@ def findings_table(findings: Iterable[Any], environment: dict[str, Any], setting
     return "\n".join([*lines, "", f"{setting}.", "", facts])
 
 
+def shares_table(shares: dict[str, dict[str, float]]) -> str:
+    """Where the time of steps goes as a Markdown table."""
+    kinds = list(next(iter(shares.values())))
+    lines = [f"| time of a step | {' | '.join(kinds)} |", f"| :--- |{' ---: |' * len(kinds)}"]
+    lines += [f"| {name} | {' | '.join(f'{own[kind]:.0%}' for kind in kinds)} |" for name, own in shares.items()]
+    return "\n".join(lines)
+
+
 def _number(value: float | None, form: str = "", unit: str = "") -> str:
     """A number in a form, or in three digits at least."""
     if value is None:

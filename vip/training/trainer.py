@@ -258,7 +258,7 @@ class Trainer:
             self.eval_model = task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
         if runtime.distributed:
             device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
-            task.prepare_distributed(device_ids=device_ids)
+            task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)  # spares a copy of them
 
     def _resume(self, updates: int) -> None:
         """Go to where the run is to begin or continue, in epochs of so many updates."""
