@@ -151,7 +151,7 @@ def test_told_to_leave_before_training(where: str, colours: Path, tmp_path: Path
         patch.setattr(trainer, where, tell)
         train(config)
     assert ended.value.code == REQUEUE and "Stopped by SIGUSR1" in caplog.text
-    train(config)
+    train(quick(colours, tmp_path, resume="auto"))
 
 
 @contextmanager
@@ -296,9 +296,46 @@ def test_other_batches_forget_no_sample(colours: Path, tmp_path: Path, monkeypat
     position = torch.load(tmp_path / "run/recovery.pth.tar", weights_only=True)["position"]
     assert (position["samples"], position["batch"]) == (20, 2)
     caplog.set_level("INFO")
-    with stopped_at(1, monkeypatch), pytest.raises(Killed):
+    with stopped_at(2, monkeypatch), pytest.raises(Killed):
         train(quick(colours, tmp_path, **other))
     assert "at epoch 0, sample 20" in caplog.text
+    position = torch.load(tmp_path / "run/recovery.pth.tar", weights_only=True)["position"]
+    assert (position["samples"], position["batch"]) == (28, 3), "also where the batches were the same as before"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 10**15}, "of other data"),
+        ({"samples": -8, "batch": -1}, "what cannot be"),
+        ({"batch": 3}, "what cannot be"),
+        ({"epoch": -5}, "before the first"),
+    ],
+    ids=str,
+)
+def test_places_that_cannot_be(changes: dict, message: str, colours: Path, tmp_path: Path, monkeypatch) -> None:
+    with stopped_at(2, monkeypatch), pytest.raises(Killed):
+        train(quick(colours, tmp_path, **RANDOM))
+    path = tmp_path / "run/recovery.pth.tar"
+    content = torch.load(path, weights_only=True)
+    content["position"].update({name: value for name, value in changes.items() if name != "epoch"})
+    torch.save({**content, "epoch": changes.get("epoch", -1)}, path)
+    with pytest.raises(UserError, match=message):
+        train(quick(colours, tmp_path, **RANDOM))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["", "reduce"])
+def test_batch_norm_of_two_processes(mode: str, colours: Path, tmp_path: Path) -> None:
+    """Each process has statistics of its own, and the state is the first one's; stopped before a validation, too."""
+    flags = ["-b", "4", "--model", "test_resnet", "--img-size", "32", "--recovery-interval", "2", "--epochs", "2"]
+    flags += ["--dist-bn", mode, "--model-ema-decay", "0.9"]
+    start = ["./distributed_train.sh", "2", str(colours)]
+    assert run_until(-1, [*start, *flags_of(tmp_path, "whole", *flags)]) == 0
+    argv = [*start, *flags_of(tmp_path, "run", *flags)]
+    assert [run_until(line, argv, signal.SIGTERM) for line in (3, 2)] == [REQUEUE, REQUEUE]
+    assert run_until(-1, argv) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_processes_vote_once_for_each_save(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,8 @@ class _Split:
         self.data, self.name = data, name
         split = {"val": "validation"}.get(name, name)
         self.root = split_folder(data, split)
+        if os.path.isdir(self.root):
+            _refuse_loops(self.root)
         self.problems: list[str] = []
         try:
             self.images: Any = create_split(DatasetConfig(data=data), split, is_training=False)
@@ -207,6 +209,9 @@ class _Splits:
 
     def examine(self, index: int) -> Examined:
         split, i = self.locate(index)
+        path = split.images.filename(i, absolute=True)
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
+            return Examined(0, "no regular file")
         return examine(split.images, i)
 
     def problems(self) -> Iterator[str]:
@@ -226,6 +231,17 @@ def _files(root: str) -> Iterator[str]:
     for folder, _, names in os.walk(root, followlinks=True):  # follows links as timm's reader does
         below = os.path.relpath(folder, root) if folder != root else ""
         yield from (os.path.join(below, name) for name in names)
+
+
+def _refuse_loops(folder: str, above: frozenset[str] = frozenset()) -> None:
+    """Refuse a folder that links to one above it: timm's reader would follow it for ever."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError(f"{folder} links to a folder that it is in: remove the link.")
+    with os.scandir(folder) as entries:
+        below = [entry.path for entry in entries if entry.is_dir()]
+    for path in below:
+        _refuse_loops(path, above | {real})
 
 
 def _is_image(name: str) -> bool:

@@ -37,6 +37,7 @@ class Summary:
         wandb_project: str | None = None,
     ) -> None:
         self.path = folder / "summary.csv"
+        self.unwritten: list[tuple[Any, ...]] = []  # where an epoch before could not be written
         if self.path.exists():
             self._rewrite(lambda path: trim_summary(path, start_epoch))
         self.tensorboard = self.wandb = None
@@ -60,7 +61,9 @@ class Summary:
         Raises:
             SaveError: If they cannot be written.
         """
-        self._rewrite(lambda path: update_summary(epoch, train, evaluation, path, lr=others.get("lr")))
+        self.unwritten.append((epoch, train, evaluation, others.get("lr")))
+        self._rewrite(self._add_rows)
+        self.unwritten.clear()
         values = {
             **{f"train/{k}": v for k, v in train.items()},
             **{f"eval/{k}": v for k, v in evaluation.items()},
@@ -73,6 +76,10 @@ class Summary:
                 self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log(values, step=epoch)
+
+    def _add_rows(self, path: str) -> None:
+        for epoch, train, evaluation, lr in self.unwritten:
+            update_summary(epoch, train, evaluation, path, lr=lr)
 
     def _rewrite(self, change: Callable[[str], None]) -> None:
         """Change a copy of the file, which takes its place; timm would write into it."""

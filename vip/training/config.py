@@ -77,7 +77,7 @@ class RegularizationConfig(Options):
     sync_bn: bool = option(False, "synchronize BatchNorm across processes")
     dist_bn: str = option(
         "",
-        "BatchNorm statistics after an epoch: average them, or copy the first process's",
+        "BatchNorm statistics after an epoch: reduce averages those of all processes, else they are the first one's",
         choices=("", "reduce", "broadcast"),
     )
 

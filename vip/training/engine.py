@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from timm.task import ClassificationEvaluator, TrainingTask
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import nn
 
 from vip.data.order import STEP, derive_seed, seed_generators
@@ -181,6 +181,8 @@ def train_one_epoch(
         lr = state.lr
         loss = train_step(state, config, images, target, share, update=i == last_of_update)
         losses.add(loss, lr)
+        if i + 1 == batches and runtime.distributed:  # before the state is saved; only that of the first process is
+            distribute_bn(state.task.get_trainable_module(), runtime.world_size, config.dist_bn == "reduce")
         recover = recovery is not None and i == last_of_update and recovery.due(i + 1)
         values = {"lr": lr}
         if recover or (i + 1) % config.log_interval == 0 or i + 1 == batches:

@@ -144,6 +144,8 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: Tra
         if name in checkpoint and type(checkpoint[name]) is not kind:
             found = type(checkpoint[name]).__name__
             raise UserError(f"{path} holds {name} as {found}, expected {kind.__name__}; take another one of the run.")
+    if checkpoint["epoch"] < -1 or checkpoint.get("num_updates", 0) < 0:  # -1 within the first epoch
+        raise UserError(f"{path} is of an epoch before the first; take another one of the run.")
     task: Any = state.task
     _load_task(task, checkpoint, path)
     if task.has_ema():
@@ -200,11 +202,14 @@ def _continue_epoch(
         if config.lr_base is not None and state.scheduler is not None:  # which would be scaled to the new batches
             state.scheduler.base_values = [group["initial_lr"] for group in state.optimizer.param_groups]
     state.batch, state.loss_sum = position["batch"], position["loss_sum"]
+    samples, images = position["samples"], config.batch_size * world_size
     if changed:  # the average loss of the epoch is of the batches as they are counted now
-        batch, state.samples_before = divmod(position["samples"], config.batch_size * world_size)
-        state.loss_sum *= batch / max(state.batch, 1)
-        state.batch = batch
-    return position["samples"]
+        state.batch = samples // images
+        state.loss_sum *= state.batch / max(position["batch"], 1)
+    state.samples_before = samples - state.batch * images
+    if min(state.batch, state.samples_before) < 0:
+        raise UserError(f"{path} says of its place in the epoch what cannot be; take another one of the run.")
+    return samples
 
 
 def _load_task(task: TrainingTask, checkpoint: dict[str, Any], path: str, ema: bool = False) -> None:

@@ -224,6 +224,16 @@ class RunSaver(CheckpointSaver):
             with save_errors(self.on_save_error):
                 writing.result()
 
+    def finish(self) -> None:
+        """Wait for the last save of the run, after which there is none that could make up for it.
+
+        Raises:
+            SaveError: If it failed.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
     def close(self) -> None:
         """Wait for what is being written, and end; raises as `wait` does."""
         try:
@@ -265,8 +275,8 @@ class RunSaver(CheckpointSaver):
         try:
             yield
         except OSError as e:
-            reason = e.strerror or e
-            raise SaveError(f"Cannot save to {self.checkpoint_dir} ({reason}); what was saved before is intact.") from e
+            left = "what was saved before is intact" if os.path.isdir(self.checkpoint_dir) else "the folder is gone"
+            raise SaveError(f"Cannot save to {self.checkpoint_dir} ({e.strerror or e}); {left}.") from e
 
     def _state(self) -> dict[str, Any]:
         state = self.state

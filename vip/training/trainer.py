@@ -270,7 +270,13 @@ class Trainer:
             self.found.content.clear()  # it may be large
             if config.resume_elastic:  # in updates of the present size, by which schedules go
                 state.updates = state.epoch * updates + state.batch // config.grad_accum_steps
-        if state.batch and not isinstance(self.train_loader.sampler, EpochOrder):
+        order = self.train_loader.sampler
+        if isinstance(order, EpochOrder) and self.first_sample > len(order.order):
+            raise UserError(
+                f"{self.found.path} is {self.first_sample:,} samples into its epoch, and the training set has "
+                f"{len(order.order):,}: it is of other data."
+            )
+        if state.batch and not isinstance(order, EpochOrder):
             _logger.warning("A streamed data set cannot be entered in the middle: the epoch begins anew.")
             state.begin_epoch()
         if config.start_epoch is not None and not (self.found.path and config.resume == "auto"):
@@ -296,7 +302,7 @@ class Trainer:
     def fit(self) -> None:
         """Train, validate and save, epoch by epoch."""
         state, config = self.state, self.config
-        with self._outputs() as outputs, self.recovery, sparing_shared_pages():
+        with self.recovery, self._outputs() as outputs, sparing_shared_pages():
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
                 train_metrics, images_per_second = self._train_epoch(epoch, outputs)
@@ -317,7 +323,7 @@ class Trainer:
                 if epoch + 1 < self.epochs:
                     self.recovery.leave_if_any_is_told()
             if outputs is not None:
-                outputs.saver.wait()
+                outputs.saver.finish()
                 if outputs.saver.best_metric is not None:
                     best = f"{outputs.saver.best_metric:.3f} in epoch {outputs.saver.best_epoch}"
                     _logger.info(f"Best {config.eval_metric} {best}")
@@ -362,7 +368,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, outputs: "Outputs | None") -> tuple[dict[str, float], float]:
         config = self.config
-        before, order = self.state.batch, self.train_loader.sampler
+        order = self.train_loader.sampler
         if isinstance(order, EpochOrder):
             order.set_epoch(epoch, self.first_sample)
             self.first_sample = 0
@@ -400,9 +406,6 @@ class Trainer:
             _logger.warning(f"{len(skipped)} unreadable training images were replaced: {', '.join(skipped[:5])}")
         if isinstance(self.train_data, TokenLabelDataset) and (alone := self.train_data.files_without_map()):
             _logger.warning(f"{len(alone)} images had no label map but their class alone: {', '.join(alone[:5])}")
-        model = self.state.task.get_trainable_module()
-        if self.runtime.distributed and config.dist_bn and self.state.batch > before:
-            distribute_bn(model, self.runtime.world_size, config.dist_bn == "reduce")
         return metrics, progress.images_per_second
 
     def _save_within_epoch(self, outputs: "Outputs | None") -> None:
@@ -418,8 +421,8 @@ class Trainer:
         metrics = self._evaluate(self.eval_model, f"Validation {epoch}", save)
         if self.config.model_ema and not self.config.model_ema_force_cpu:
             ema: Any = self.state.task.get_eval_model(ema=True)
-            if self.runtime.distributed and self.config.dist_bn:
-                distribute_bn(ema, self.runtime.world_size, self.config.dist_bn == "reduce")
+            if self.runtime.distributed:  # the statistics that are saved, and so there after a restart
+                distribute_bn(ema, self.runtime.world_size, reduce=False)
             metrics = self._evaluate(ema, f"Validation {epoch} (averaged weights)", save)
         return metrics.summary()
 
