@@ -18,11 +18,7 @@ __all__ = ["optimize_for_inference"]
 
 
 def optimize_for_inference(
-    model: nn.Module,
-    dtype: torch.dtype | None = None,
-    channels_last: bool = True,
-    int8: bool = False,
-    compiled: bool = False,
+    model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = True, compiled: bool = False
 ) -> Any:
     """Make a copy of a model that computes the same with less.
 
@@ -34,17 +30,12 @@ def optimize_for_inference(
         model: A model of this package; of others, dropout and stochastic depth are left out.
         dtype: Type of the weights; None: bfloat16 where the device computes with it, else the one they have.
         channels_last: Lay the images out channels last, which spares the patch embedding of ViP a copy.
-        int8: Compute linear layers in 8 bits, scaled for each image's tokens as they come; needs torchao. Compile the
-            result, without which this is slow.
         compiled: Compile the result by torch.compile, with its weights packed for the device; call it without
             gradients, as under `torch.inference_mode`.
 
     Returns:
         The copy, in evaluation mode; unless compiled, it can be exported and scripted. Its images have the type of
         its weights.
-
-    Raises:
-        ImportError: If torchao is needed and missing.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(model, VisionPermutator):
@@ -59,10 +50,6 @@ def optimize_for_inference(
             _fold_layer_norm(module.norm2, module.mlp.fc1)
             if isinstance(module.attn, Attention):
                 _fold_layer_norm(module.norm1, module.attn.qkv)
-    if int8:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
     model = model.to(_fast_dtype(model) if dtype is None else dtype)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
