@@ -42,7 +42,7 @@ def optimize_for_inference(
         model.aux_head, model.use_aux_head = None, False
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, DropPath | nn.Dropout):
+            if isinstance(child, DropPath | nn.Dropout) and name != "attn_drop":  # whose rate timm's attention reads
                 setattr(module, name, nn.Identity())
         if isinstance(module, ConvPatchEmbed):
             _fold_batch_norms(module)
