@@ -116,12 +116,10 @@ def permutator_block(rows: int, cols: int, dim: int, segments: int) -> Counts:
         (tokens, dim, 3 * dim, 1),  # channel MLP
         (tokens, 3 * dim, dim, 1),
     ]
-    # the branches once more, on averages of what they take in
-    again = [(segments, rows * part, rows * part, 0), (segments, cols * part, cols * part, 0), (1, dim, dim, 0)]
     return Counts(
         sum((i + bias) * o for _, i, o, bias in layers) + 2 * 2 * dim,
-        sum(n * i * o for n, i, o, _ in layers + again),
-        sum(n * o for n, _, o, _ in layers + again),
+        sum(n * i * o for n, i, o, _ in layers),
+        sum(n * o for n, _, o, _ in layers),
     )
 
 

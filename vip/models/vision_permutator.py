@@ -161,24 +161,16 @@ class PermuteMlp(nn.Module):
         w = self.mlp_w(x_bhnws.reshape(B, H, self.segments, -1))  # [B, H, N, W*S]
         return w.reshape(x_bhnws.shape).permute(0, 1, 3, 2, 4)
 
-    def branch_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Weights of the branches for each sample and channel, `[B, C, 3]`.
-
-        The mean over the tokens commutes with the branches, which are linear: they take in averages here, so that
-        what they put out for all tokens is read once, when it is weighed and added.
-        """
-        B, C = x.shape[0], x.shape[-1]
-        x_column, x_row = x.mean(2, keepdim=True), x.mean(1, keepdim=True)  # [B, H, 1, C], [B, 1, W, C]
-        h, w = self.mix_height(x_column).mean((1, 2)), self.mix_width(x_row).mean((1, 2))  # [B, N, S]
-        c = self.mlp_c(x_row.mean((1, 2)))
-        return self.reweight((h + w).reshape(B, C) + c).reshape(B, C, 3).softmax(-1)  # fc2's outputs are [C, 3]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix `[B, H, W, C]` along height, width and channels."""
+        B, C = x.shape[0], x.shape[-1]
         h, w = self.mix_height(x), self.mix_width(x)
-        c = self.mlp_c(x).reshape(h.shape)
-        a = self.branch_weights(x).to(c.dtype)  # autocast's softmax is float32, and would make what it weighs so
-        a_h, a_w, a_c = a.reshape(x.shape[0], 1, 1, h.shape[3], h.shape[4], 3).unbind(-1)
+        c = self.mlp_c(x).reshape(h.shape)  # all [B, H, W, N, S]
+
+        # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
+        pooled = h.mean((1, 2)) + w.mean((1, 2)) + c.mean((1, 2))  # of each alone, which reads them once
+        a = self.reweight(pooled.reshape(B, C)).reshape(B, 1, 1, h.shape[3], h.shape[4], 3).softmax(-1)
+        a_h, a_w, a_c = a.to(c.dtype).unbind(-1)  # autocast's softmax is float32, and would make what it weighs so
         mixed = torch.addcmul(torch.addcmul(c * a_c, w, a_w), h, a_h)
         return self.proj_drop(self.proj(mixed.reshape(x.shape)))
 
