@@ -109,6 +109,7 @@ def test_the_suite_writes_every_row(
     ("flags", "message"),
     [
         (("--suite", "performance"), "add --out FILE"),
+        (("--out", "x"), "--out is for the table of --suite"),
         (("--suite", "performance", "--out", "x", "--models", "vip_s7"), "leave out --models"),
     ],
 )

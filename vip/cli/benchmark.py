@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     device = setup_runtime(config.device).device
     if config.suite:
         return _suite(config, given, device)
+    if config.out:
+        raise UserError("--out is for the table of --suite: add it, or name a folder with --output.")
     check_setting(config)
     models = choose_models(config)
     baseline = choose_baseline(config, models)

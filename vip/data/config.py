@@ -91,8 +91,8 @@ class AugmentationConfig(Options):
     mixup_off_epoch: int = option(0, "epoch from which mixup and CutMix are off, 0 for never", metavar="N", low=0)
     fast_images: bool = option(
         False,
-        "decode, resize and turn training images with simplejpeg, torch and OpenCV; they differ by rounding from "
-        "Pillow's",
+        "decode, resize and turn training images with simplejpeg, torch and OpenCV; they differ from Pillow's by "
+        "rounding and filters",
     )
     train_interpolation: str = option(
         "random", "resizing of training images; random picks bilinear or bicubic", choices=("random", *INTERPOLATIONS)
