@@ -44,6 +44,8 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
+from vip import ops
+
 from .layers import checkpoint_filter_fn, imagenet_cfg, init_linear, mix_tokens
 
 __all__ = ["PermuteMlp", "VisionPermutator"]
@@ -90,6 +92,13 @@ class AxisMix(nn.Linear):
         up, down = (_resize_matrix(*sizes).to(device) for sizes in ((old, length), (length, old)))
         mixing = torch.einsum("ih,hsgt,gj->isjt", up, weight.to(device).double().view(old, dim, old, dim), down)
         return mixing.reshape(length * dim, length * dim).to(weight)
+
+    def mix(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """Mix `[B, H, W, N, S]`, N segments of S channels, along its height (axis 1) or width (axis 2)."""
+        if not torch.jit.is_scripting() and ops.use_kernels(x):
+            return ops.axis_mix(x, self.weight, axis)
+        lines = x.movedim(axis, 3)  # [B, W, N, H, S] or [B, H, N, W, S]
+        return self(lines.flatten(3)).reshape(lines.shape).movedim(3, axis)
 
     @torch.no_grad()
     def set_length(self, length: int) -> None:
@@ -147,25 +156,12 @@ class PermuteMlp(nn.Module):
         self.mlp_h.set_length(grid_size[0])
         self.mlp_w.set_length(grid_size[1])
 
-    def mix_height(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix the columns of `[B, H, W, C]`; the result is `[B, H, W, N, S]`, N segments of S channels."""
-        B, H, W, C = x.shape
-        x_bwnhs = x.reshape(B, H, W, self.segments, -1).permute(0, 2, 3, 1, 4)
-        h = self.mlp_h(x_bwnhs.reshape(B, W, self.segments, -1))  # [B, W, N, H*S]
-        return h.reshape(x_bwnhs.shape).permute(0, 3, 1, 2, 4)
-
-    def mix_width(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix the rows of `[B, H, W, C]`; the result is `[B, H, W, N, S]`."""
-        B, H, W, C = x.shape
-        x_bhnws = x.reshape(B, H, W, self.segments, -1).permute(0, 1, 3, 2, 4)
-        w = self.mlp_w(x_bhnws.reshape(B, H, self.segments, -1))  # [B, H, N, W*S]
-        return w.reshape(x_bhnws.shape).permute(0, 1, 3, 2, 4)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix `[B, H, W, C]` along height, width and channels."""
-        B, C = x.shape[0], x.shape[-1]
-        h, w = self.mix_height(x), self.mix_width(x)
-        c = self.mlp_c(x).reshape(h.shape)  # all [B, H, W, N, S]
+        B, H, W, C = x.shape
+        x_bhwns = x.reshape(B, H, W, self.segments, -1)
+        h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
+        c = self.mlp_c(x).reshape(x_bhwns.shape)
 
         # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
         pooled = h.mean((1, 2)) + w.mean((1, 2)) + c.mean((1, 2))  # of each alone, which reads them once

@@ -1,0 +1,168 @@
+"""The kernels against float64, on a GPU and in Triton's interpreter (TRITON_INTERPRET=1, see test_ops.py)."""
+
+import os
+
+import pytest
+import timm
+import torch
+from golden_vectors import draw, fill, read
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vip import ops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no CUDA device, and not in Triton's interpreter", allow_module_level=True)
+
+from vip.ops import kernels
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+# float32 products are float32 ones ("ieee"), not those of the matrix units; the interpreter multiplies no bfloat16
+ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3} | ({} if INTERPRETED else {torch.bfloat16: 8e-3})
+
+
+def textbook(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+    line, other = "hw" if axis == 1 else "wh"
+    matrix = weight.reshape(x.shape[axis], x.shape[4], x.shape[axis], x.shape[4])
+    sizes = f"b{line}{other}ns" if axis == 1 else f"b{other}{line}ns"
+    return torch.einsum(f"{sizes},kt{line}s->{sizes.replace(line, 'k').replace('s', 't')}", x, matrix)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def check(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    size = shape[axis] * shape[4]
+    x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+    weight = (torch.randn(size, size, device=DEVICE) / size**0.5).to(dtype).requires_grad_()
+    grad = torch.randn(shape, device=DEVICE).to(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = textbook(*exact, axis)
+    mixed = kernels.axis_mix(x, weight, axis)
+    assert mixed.dtype == dtype and mixed.is_contiguous()
+    mixed.backward(grad)
+    expected.backward(grad.double())
+    for found, wanted in ((mixed, expected), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        # a sum of few products may be small beside them
+        assert relative_error(found, wanted) < ERRORS[dtype] or (found.double() - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 32, 32, 2, 6), (1, 16, 16, 16, 24), (1, 32, 32, 2, 8), (1, 16, 16, 2, 32), (3, 7, 10, 5, 4), (2, 1, 3, 1, 2)],
+)
+def test_mixes_as_the_textbook(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    check(shape, axis, dtype)
+
+
+sizes = st.integers(1, 9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.tuples(st.integers(0, 4).map(lambda b: b + 1), sizes, sizes, sizes, sizes), st.sampled_from([1, 2]), sizes)
+def test_of_any_shape(shape: tuple[int, ...], axis: int, seed: int) -> None:
+    check(shape, axis, torch.float32, seed)
+
+
+def test_many_rows_are_summed_in_parts() -> None:
+    """The gradient of a weight is a sum over rows, which several programs share."""
+    check((5, 4, 37, 5, 2), 1, torch.float32)
+    assert 5 * 37 * 5 > 2 * 64
+
+
+def test_is_the_same_to_the_bit_again() -> None:
+    x = torch.randn(2, 8, 8, 4, 6, device=DEVICE).half()
+    weight = torch.randn(48, 48, device=DEVICE).half()
+    found = {
+        tuple(t.sum().item() for t in (kernels.axis_mix(x, weight, 1), kernels.axis_mix_weight_grad(x, x, 1)))
+        for _ in range(3)
+    }
+    assert len(found) == 1
+
+
+def test_of_any_memory_layout() -> None:
+    x = torch.randn(2, 6, 4, 3, 5, device=DEVICE).permute(0, 2, 4, 1, 3)
+    weight = torch.randn(12, 12, device=DEVICE).t()
+    error = relative_error(kernels.axis_mix(x, weight, 1), textbook(x.double(), weight.double(), 1))
+    assert not x.is_contiguous() and not weight.is_contiguous() and error < 1e-6
+
+
+@pytest.mark.parametrize("weight", [(8, 6), (10, 10), (16,)])
+def test_refuses_a_weight_of_another_size(weight: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"8 x 8.*height of 4 and segments of 2"):
+        kernels.axis_mix(torch.empty(1, 4, 5, 3, 2, device=DEVICE), torch.empty(weight, device=DEVICE), 1)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = torch.randn(1, 2, 2, 1, 2, device=DEVICE), torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(kernels.axis_mix(x, weight, 2).sum(), weight)
+    assert grad.shape == weight.shape and x.grad is None
+    with torch.no_grad():
+        assert not kernels.axis_mix(x, weight, 2).requires_grad
+
+
+def test_is_a_good_operator() -> None:
+    x = torch.randn(2, 4, 3, 2, 2, device=DEVICE, requires_grad=True)
+    weight = torch.randn(8, 8, device=DEVICE, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration") + (() if INTERPRETED else ("test_faketensor",))
+    torch.library.opcheck(kernels.axis_mix, (x, weight, 1), test_utils=checks)
+    torch.library.opcheck(kernels.axis_mix_weight_grad, (x.detach(), x.detach(), 1), test_utils=checks)
+
+
+def test_models_compute_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of a whole model, the kernels in every block."""
+    torch.manual_seed(0)
+    model = timm.create_model("vip_nano4_32", num_classes=5).to(DEVICE)
+    images, labels = torch.randn(2, 3, 32, 32, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+    found = []
+    for own in (False, True):
+        calls: list[int] = []
+        monkeypatch.setattr(ops, "use_kernels", lambda x, own=own, calls=calls: calls.append(1) or own)
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        assert len(calls) == 2 * sum(len(stage) for stage in model.network if isinstance(stage, torch.nn.Sequential))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_golden_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("vip_s7").double().eval()
+    fill(model)
+    model = model.float().to(DEVICE)
+    monkeypatch.setattr(ops, "use_kernels", lambda x: True)
+    with torch.no_grad():
+        logits = model(draw("input", (2, 3, 224, 224)).float().to(DEVICE))
+    expected = torch.tensor(read("vip_s7")["logits_first16"], device=DEVICE)
+    torch.testing.assert_close(logits[:, :16], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="autocast and torch.compile of a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_step_on_a_gpu(compiled: bool) -> None:
+    """Under autocast the kernels are chosen by themselves, and err no more than torch does."""
+    torch.manual_seed(0)
+    model = timm.create_model("vip_s7").to(DEVICE)
+    images, labels = torch.randn(4, 3, 224, 224, device=DEVICE), torch.arange(4, device=DEVICE)
+    parameters = list(model.parameters())
+
+    def gradients(model: torch.nn.Module, **autocast: object) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, **autocast):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        return torch.cat([grad.flatten().double() for grad in torch.autograd.grad(loss, parameters)])
+
+    exact = gradients(model, enabled=False)
+    ops.set_kernels(False)
+    try:
+        plain = relative_error(gradients(model), exact)
+    finally:
+        ops.set_kernels(True)
+    assert ops.use_kernels(torch.empty(1, 2, 2, 2, 2, device=DEVICE, dtype=torch.bfloat16))
+    own = relative_error(gradients(torch.compile(model) if compiled else model), exact)
+    assert 0 < own < 1.2 * plain < 0.2

@@ -1,0 +1,226 @@
+"""Where kernels take the place of torch, and what they are compiled to. Their numbers are in test_kernels.py."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vip import ops
+from vip.models.vision_permutator import AxisMix
+
+triton = pytest.importorskip("triton")
+
+SHAPES = {"vip_s7, first stage": (2, 32, 32, 32, 6), "vip_s7": (2, 16, 16, 16, 24), "vip_l7": (2, 16, 16, 16, 32)}
+MATRIX_UNITS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+
+
+def test_numbers_in_the_interpreter() -> None:
+    """Triton decides when it is first imported whether it interprets, so that these tests need a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("test_kernels.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"3\d passed, 2 skipped", done.stdout)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
+    """Makes tensors that say they are on a GPU, of a given compute capability."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, capability: int = 9) -> torch.Tensor:
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=capability))
+        with FakeTensorMode():
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    monkeypatch.setattr("torch.version.cuda", "12.0")
+    monkeypatch.setattr(ops, "_enabled", True)
+    return empty
+
+
+def test_used_where_they_win(gpu: Callable[..., torch.Tensor]) -> None:
+    assert ops.use_kernels(gpu(2, 16, 16, 16, 24))
+    assert ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float16, capability=8))
+    assert not ops.use_kernels(gpu(2, 16, 16, 16, 24, capability=7))
+    assert not ops.use_kernels(gpu(2, 16, 16, 16, 23))
+    assert not ops.use_kernels(gpu(2**15, 16, 16, 16, 16))
+    assert not ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float32))
+    assert not ops.use_kernels(torch.empty(2, 16, 16, 16, 24, dtype=torch.bfloat16))
+
+
+def test_autocast_decides_with_the_device(gpu: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, half = gpu(2, 16, 16, 16, 24, dtype=torch.float32), gpu(2, 16, 16, 16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ops.use_kernels(x) and ops.use_kernels(half)
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda device: device == "cuda")  # as no one can without a GPU
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("torch.get_autocast_dtype", lambda device, dtype=dtype: dtype)
+        assert ops.use_kernels(x) == ops.use_kernels(half) == (dtype == torch.bfloat16)
+
+
+def test_computes_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's own products do; gradients come back in the types of what they are of."""
+    from vip.ops import kernels
+
+    monkeypatch.setattr(kernels, "axis_mix", lambda x, weight, axis: x * weight.sum())
+    x, weight = torch.randn(1, 2, 2, 1, 2, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    assert ops.axis_mix(x, weight, 1).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = ops.axis_mix(x, weight, 1)
+    mixed.sum().backward()
+    assert mixed.dtype == torch.bfloat16 and x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_off_by_one_flag(gpu: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gpu(2, 16, 16, 16, 24)
+    ops.set_kernels(False)
+    assert not ops.use_kernels(x)
+    ops.set_kernels(True)
+    assert ops.use_kernels(x)
+    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    assert not ops.use_kernels(x)
+
+
+@pytest.mark.parametrize(("value", "enabled"), [("0", False), ("1", True)])
+def test_off_by_environment(value: str, enabled: bool) -> None:
+    code = "import vip.ops, sys; print(vip.ops._enabled)"
+    env = {**os.environ, "VIP_KERNELS": value}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == str(enabled)
+
+
+def test_models_work_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, timm, vip\n"
+        "print(timm.create_model('vip_nano4_32')(torch.randn(1, 3, 32, 32)).shape[1], vip.ops._HAS_TRITON)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1000", "False"], done.stderr[-2000:]
+
+
+def test_what_is_traced_knows_torch_only(gpu: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gpu(2, 16, 16, 16, 24)
+    monkeypatch.setattr("torch.onnx.is_in_onnx_export", lambda: True)
+    assert not ops.use_kernels(x)
+
+
+def test_layers_hand_over_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = AxisMix(4, 2)
+    calls: list[Any] = []
+    monkeypatch.setattr(ops, "use_kernels", lambda x: True)
+    monkeypatch.setattr(ops, "axis_mix", lambda *args: calls.append(args) or args[0])
+    x = torch.randn(1, 4, 3, 5, 2)
+    assert layer.mix(x, 1) is x
+    assert calls == [(x, layer.weight, 1)]
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
+    """Kernels with the arguments that they are launched with."""
+    from vip.ops import kernels
+
+    found: list[Any] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **kwargs: found.append((self.kernel, args, kwargs))
+
+    with monkeypatch.context() as context:
+        context.setattr(kernels, "_launchable", Recorder)
+        call()
+    return found
+
+
+def compile_for(capability: int, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kwargs = dict(kwargs)
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+    names = kernel.arg_names
+    constants = {(names.index(name),): value for name, value in kwargs.items()}
+    signature, attributes = {name: "constexpr" for name in names}, {}
+    for i, (name, value) in enumerate(zip(names, args, strict=False)):
+        tensor = isinstance(value, torch.Tensor)
+        if not tensor and value == 1:  # as Triton itself makes them
+            constants[(i,)] = 1
+            continue
+        signature[name] = ("*bf16" if value.dtype == torch.bfloat16 else "*fp32") if tensor else "i32"
+        if tensor or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("capability", MATRIX_UNITS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_compiled_for_the_matrix_units(
+    shape: tuple[int, ...], capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On GPUs from the A100 on they multiply in matrix units, keep all in registers, and fit beside another."""
+    from vip.ops import kernels
+
+    size = shape[1] * shape[4]
+    with FakeTensorMode():
+        x, weight = (torch.empty(*s, dtype=torch.bfloat16, device="cuda") for s in (shape, (size, size)))
+        calls = launches(monkeypatch, lambda: kernels.axis_mix._init_fn(x, weight, 1))
+        calls += launches(monkeypatch, lambda: kernels.axis_mix._init_fn(x, weight.t(), 2))
+        calls += launches(monkeypatch, lambda: kernels.axis_mix_weight_grad._init_fn(x, x, 1))
+    assert len(calls) == 3
+    for call in calls:
+        compiled = compile_for(capability, *call)
+        ptx = compiled.asm["ptx"]
+        assert re.search(MATRIX_UNITS[capability], ptx)
+        wide = re.findall(r"cp\.async\.c[ag][^\n]*, 0x(\w+), ", ptx)  # bytes that a thread copies at once
+        assert wide and set(wide) <= ({"10"} if shape[4] % 8 == 0 else {"4", "10"})
+        assert compiled.metadata.shared <= 99 * 1024  # of an A10, the smallest; two programs fit an A100
+        (tmp_path / "kernel").write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.check_output([tool, "-res-usage", tmp_path / "kernel"], text=True)
+        assert "STACK:0" in usage and "LOCAL:0" in usage
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_compilers_see_through_them(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile finds a Triton kernel, not a call that it knows nothing of."""
+    from torch._functorch.aot_autograd import aot_function
+    from triton.backends.compiler import GPUTarget
+
+    from vip.ops import kernels
+
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    operators: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        operators.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    with FakeTensorMode():
+        x = torch.empty(batch, 16, 16, 16, 24, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(384, 384, dtype=torch.bfloat16, device="cuda")
+        aot_function(lambda x, weight: kernels.axis_mix(x, weight, 1), fw_compiler=backend)(x, weight)
+    assert "triton_kernel_wrapper_functional" in operators and not any("axis_mix" in name for name in operators)
+
+
+def test_export_keeps_them_as_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "use_kernels", lambda x: True)
+    model = timm.create_model("vip_nano4_32").eval()
+    graph = torch.export.export(model, (torch.randn(2, 3, 32, 32),)).graph
+    mixes = [node for node in graph.nodes if str(node.target) == "vip.axis_mix.default"]
+    assert len(mixes) == 2 * sum(len(stage) for stage in model.network if isinstance(stage, torch.nn.Sequential))

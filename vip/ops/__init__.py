@@ -1,0 +1,57 @@
+"""Kernels for what torch computes with detours, and where they take its place.
+
+They are for NVIDIA GPUs with 16-bit matrix units (compute capability 8.0 and later) and numbers of 16 bits. There a
+matrix product of a mixing layer takes no longer than a copy of its operand, so that the copies around it are most of
+its time. Elsewhere, and without Triton, torch computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the
+environment has it compute everything.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+__all__ = ["axis_mix", "set_kernels", "use_kernels"]
+
+HALVES = (torch.float16, torch.bfloat16)
+
+_HAS_TRITON = find_spec("triton") is not None
+_enabled = os.environ.get("VIP_KERNELS", "1") != "0"
+
+
+def set_kernels(enable: bool) -> None:
+    """Use the kernels where they win (the default), or have torch compute everything."""
+    global _enabled
+    _enabled = enable
+
+
+@torch.jit.unused  # what scripts call is torch's
+def use_kernels(x: torch.Tensor) -> bool:
+    """Whether the kernels are to mix a tensor `[B, H, W, N, S]`."""
+    if not (_enabled and _HAS_TRITON and x.is_cuda) or torch.version.cuda is None:
+        return False
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # what comes of them knows torch's operators only
+        return False
+    return (
+        _computing_type(x) in HALVES
+        and torch.cuda.get_device_properties(x.device).major >= 8
+        and x.shape[-1] % 2 == 0  # two numbers of 16 bits are the least that is read at once
+        and x.numel() < 2**31  # whose addresses are 32 bits
+    )
+
+
+def _computing_type(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@torch.jit.unused
+def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """Mix `[B, H, W, N, S]` along its height (axis 1) or width (axis 2) by a `[L * S, L * S]` matrix, under autocast too.
+
+    See `vip.ops.kernels.axis_mix`.
+    """
+    from . import kernels  # only where there is Triton
+
+    dtype = _computing_type(x)
+    return kernels.axis_mix(x.to(dtype), weight.to(dtype), axis)

@@ -1,0 +1,233 @@
+"""Triton kernels that mix tokens along an image axis where they lie.
+
+The textbook Permute-MLP gathers the columns (rows) of an image into the rows of a matrix, multiplies, and scatters the
+product back: two copies of the image around a matrix product that takes about as long as either. Here the matrix
+product reads its operand from where it is, and writes the result to where it belongs. An entry of the matrix with row
+`(b, q, n)` and column `(l, s)` lies at an offset that is a sum of one of the row and one of the column, so that only
+the addresses differ from those of an ordinary matrix product:
+
+- b: image, q: position along the other axis, n: segment of the channels;
+- l: position along the axis that is mixed, s: channel within the segment.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+__all__ = ["axis_mix", "axis_mix_weight_grad"]
+
+
+@triton.jit
+def _row_offsets(
+    rows, image_stride, OTHER_SIZE: tl.constexpr, OTHER_STRIDE: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr
+):
+    segment, line = rows % SEGMENTS, rows // SEGMENTS
+    return (line // OTHER_SIZE) * image_stride + (line % OTHER_SIZE) * OTHER_STRIDE + segment * DIM
+
+
+@triton.jit
+def _column_offsets(columns, AXIS_STRIDE: tl.constexpr, DIM: tl.constexpr):
+    return (columns // DIM) * AXIS_STRIDE + columns % DIM
+
+
+@triton.jit
+def _mix_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    image_stride,
+    weight_out_stride,
+    weight_in_stride,
+    SIZE: tl.constexpr,  # columns of the gathered matrix: tokens along the axis times channels of a segment
+    AXIS_STRIDE: tl.constexpr,
+    OTHER_SIZE: tl.constexpr,
+    OTHER_STRIDE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    blocks: tl.constexpr = (SIZE + BLOCK_OUT - 1) // BLOCK_OUT
+    block = tl.program_id(0)  # those of the same rows follow each other, so that they find them in the cache
+    row = (block // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = (block % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_offset = _row_offsets(row, image_stride, OTHER_SIZE, OTHER_STRIDE, SEGMENTS, DIM)[:, None]
+
+    mixed = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for start in range(0, SIZE, BLOCK_IN):
+        k = start + tl.arange(0, BLOCK_IN)
+        x_mask, weight_mask = (row < rows)[:, None], (column < SIZE)[None, :]
+        if SIZE % BLOCK_IN:
+            x_mask, weight_mask = x_mask & (k < SIZE)[None, :], weight_mask & (k < SIZE)[:, None]
+        x = tl.load(x_ptr + row_offset + _column_offsets(k, AXIS_STRIDE, DIM)[None, :], mask=x_mask, other=0.0)
+        weight = tl.load(
+            weight_ptr + column[None, :] * weight_out_stride + k[:, None] * weight_in_stride,
+            mask=weight_mask,
+            other=0.0,
+        )
+        mixed = tl.dot(x, weight, mixed, input_precision="ieee")
+
+    tl.store(
+        out_ptr + row_offset + _column_offsets(column, AXIS_STRIDE, DIM)[None, :],
+        mixed.to(out_ptr.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < SIZE)[None, :],
+    )
+
+
+@triton.jit
+def _weight_grad_kernel(
+    grad_ptr,
+    x_ptr,
+    out_ptr,
+    rows,
+    rows_of_part,
+    image_stride,
+    SIZE: tl.constexpr,
+    AXIS_STRIDE: tl.constexpr,
+    OTHER_SIZE: tl.constexpr,
+    OTHER_STRIDE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    blocks: tl.constexpr = (SIZE + BLOCK_IN - 1) // BLOCK_IN
+    block, part = tl.program_id(0), tl.program_id(1)
+    column = (block // blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    k = (block % blocks) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    grad_offset = _column_offsets(column, AXIS_STRIDE, DIM)[None, :]
+    x_offset = _column_offsets(k, AXIS_STRIDE, DIM)[None, :]
+
+    total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    end = tl.minimum((part + 1) * rows_of_part, rows)
+    for start in range(part * rows_of_part, end, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        row_offset = _row_offsets(row, image_stride, OTHER_SIZE, OTHER_STRIDE, SEGMENTS, DIM)[:, None]
+        mask = (row < end)[:, None]
+        grad = tl.load(grad_ptr + row_offset + grad_offset, mask=mask & (column < SIZE)[None, :], other=0.0)
+        x = tl.load(x_ptr + row_offset + x_offset, mask=mask & (k < SIZE)[None, :], other=0.0)
+        total = tl.dot(tl.trans(grad), x, total, input_precision="ieee")
+
+    tl.store(
+        out_ptr + part * SIZE * SIZE + column[:, None] * SIZE + k[None, :],
+        total,
+        mask=(column < SIZE)[:, None] & (k < SIZE)[None, :],
+    )
+
+
+def _launchable(kernel: Any) -> Any:
+    """A kernel that torch.compile sees; as it is under Triton's interpreter, which older torch does not know."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def _layout(x: torch.Tensor, axis: int) -> dict[str, int]:
+    """What the kernels know of `[B, H, W, N, S]` in contiguous memory."""
+    other = 3 - axis
+    return dict(
+        SIZE=x.shape[axis] * x.shape[4],
+        AXIS_STRIDE=x.stride(axis),
+        OTHER_SIZE=x.shape[other],
+        OTHER_STRIDE=x.stride(other),
+        SEGMENTS=x.shape[3],
+        DIM=x.shape[4],
+    )
+
+
+@triton_op("vip::axis_mix", mutates_args=())
+def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """Mix the tokens along an axis, a segment of the channels at a time (arXiv 2106.12368, section 3.2).
+
+    Args:
+        x: `[B, H, W, N, S]`, N segments of S channels, of fewer than 2^31 elements.
+        weight: `[L * S, L * S]` in the type of `x`, with L the length of the axis.
+        axis: 1 for the height, 2 for the width.
+
+    Returns:
+        `[B, H, W, N, S]`, contiguous. Products are summed in float32.
+
+    Raises:
+        ValueError: If the weight does not fit the axis and the segments.
+    """
+    size = x.shape[axis] * x.shape[4]
+    if weight.shape != (size, size):
+        raise ValueError(
+            f"A weight of {' x '.join(map(str, weight.shape))}, expected {size} x {size} for a "
+            f"{'height' if axis == 1 else 'width'} of {x.shape[axis]} and segments of {x.shape[4]} channels."
+        )
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    layout, rows = _layout(x, axis), x.numel() // size
+    if size % 128:  # 192 of vip_s7 is three times 64; its segments of 6 channels take more registers to read
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
+    else:
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
+    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
+    _launchable(_mix_kernel)[grid](
+        x,
+        weight,
+        out,
+        rows,
+        x.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        **layout,
+        **blocks,
+    )
+    return out
+
+
+@triton_op("vip::axis_mix_weight_grad", mutates_args=())
+def axis_mix_weight_grad(grad: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Gradient of `axis_mix` in its weight.
+
+    Args:
+        grad: Gradient of the result, `[B, H, W, N, S]`.
+        x: What was mixed.
+        axis: As there.
+
+    Returns:
+        `[L * S, L * S]` in the type of `x`. The order of the sums depends on the shapes alone.
+    """
+    grad, x = grad.contiguous(), x.contiguous()
+    layout = _layout(x, axis)
+    size = layout["SIZE"]
+    rows, tiles = x.numel() // size, triton.cdiv(size, 128) ** 2
+    rows_of_part = triton.cdiv(triton.cdiv(rows, max(1, 256 // tiles)), 64) * 64  # about 256 programs fill a GPU
+    parts = triton.cdiv(rows, rows_of_part)
+    out = torch.empty(parts, size, size, dtype=torch.float32, device=x.device)
+    _launchable(_weight_grad_kernel)[(tiles, parts)](
+        grad,
+        x,
+        out,
+        rows,
+        rows_of_part,
+        x.stride(0),
+        **layout,
+        BLOCK_ROWS=64,
+        BLOCK_OUT=128,
+        BLOCK_IN=128,
+        num_warps=8,
+        num_stages=3,
+    )
+    return out.sum(0).to(x.dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, ctx.axis = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    grad_x = axis_mix(grad, weight.t(), ctx.axis) if needs_x else None
+    return grad_x, axis_mix_weight_grad(grad, x, ctx.axis) if needs_weight else None, None
+
+
+axis_mix.register_autograd(_backward, setup_context=_save)
