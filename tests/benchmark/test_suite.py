@@ -11,6 +11,7 @@ import torch
 from textbook_model import TextbookPermuteMlp
 from training_command import Outcome
 
+from vip import ops
 from vip.benchmark import contenders, pipeline, suite
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.contenders import Case
@@ -76,10 +77,9 @@ def test_entries_take_turns_and_are_compared_with_a_matrix_product(monkeypatch: 
     assert all(0 < group.share[entry][0] < 100 and (group.memory[entry] or 0) > 0 for entry in entries)
 
 
-@pytest.mark.slow
-def test_the_suite_writes_every_row(
-    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model, not compiled, in the place of each of the suite's."""
     prepare = suite.prepare
 
     def small(case: Case, phase: str, config: BenchmarkConfig, device: torch.device) -> Any:
@@ -87,6 +87,30 @@ def test_the_suite_writes_every_row(
         return prepare(dataclasses.replace(case, model="vip_nano4_32"), phase, config, device)
 
     monkeypatch.setattr(suite, "prepare", small)
+
+
+def test_rows_of_a_gpu(small_models: None) -> None:
+    """What is compared there, on a CPU, for which it has no targets."""
+    findings = suite._on_gpu(QUICK, CPU)
+    assert [finding.target for finding in findings] == [2.5, 1.4, 1.0, 0.45, None]
+    assert all(len(finding.ratios) == 2 for finding in findings)
+    assert "optimized vip_s7 bfloat16 compiled against textbook vip_s7 bfloat16 eager" in findings[0].what
+
+
+def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "LAYERS", ((4, 12, 3),))
+    used: list[bool] = []
+    monkeypatch.setattr(ops, "use_kernels", lambda x: bool(used.append(ops._enabled)))
+    findings = suite.kernel_findings(QUICK, CPU)
+    assert len(findings) == 4 and all(len(finding.ratios) == 2 and finding.target == 1 for finding in findings)
+    assert "width of 4 tokens, 3 segments of 4, bfloat16, forward and backward" in findings[3].what
+    assert set(used) == {True, False} and ops._enabled
+
+
+@pytest.mark.slow
+def test_the_suite_writes_every_row(
+    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_models: None
+) -> None:
     monkeypatch.setattr(suite, "MODELS", ("vip_m7",))
     monkeypatch.setattr(suite, "data_path_ratios", lambda rounds: ([1.0], "here"))
 

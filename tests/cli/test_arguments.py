@@ -233,6 +233,7 @@ def test_published_defaults(script: str, config: Any) -> None:
         ("--aug-repeats 3", "aug_repeats", 3.0),
         ("--grad-checkpointing", "grad_checkpointing", True),
         ("--fast-norm", "fast_norm", True),
+        ("--no-kernels", "no_kernels", True),
         ("--model-ema-warmup", "model_ema_warmup", True),
         ("--checkpoint-hist 3", "checkpoint_hist", 3),
         ("--log-tensorboard", "log_tensorboard", True),

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from vip import ops
 
+kernels = pytest.importorskip("vip.ops.kernels", reason="no Triton")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no CUDA device, and not in Triton's interpreter", allow_module_level=True)
-
-from vip.ops import kernels
-
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="neither GPU nor interpreter")
+]
+pytestmark += [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # float32 products are float32 ones ("ieee"), not those of the matrix units; the interpreter multiplies no bfloat16
 ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3} | ({} if INTERPRETED else {torch.bfloat16: 8e-3})

@@ -24,7 +24,7 @@ MATRIX_UNITS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
 def test_numbers_in_the_interpreter() -> None:
-    """Triton decides when it is first imported whether it interprets, so that these tests need a process of their own."""
+    """Triton decides when it is imported whether it interprets, so that these tests need a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("test_kernels.py"))],

@@ -1,24 +1,30 @@
 """The performance suite: what is said of speed, measured in one run against what it is said to be faster than."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 from tqdm import tqdm
 
+from vip import ops
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.contenders import Case, Contender, prepare
 from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, synchronize, take_turns, time_shares
 from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
 from vip.errors import UserError
+from vip.models.vision_permutator import AxisMix
 from vip.training.runtime import allow_fast_kernels
 
 _logger = logging.getLogger(__name__)
 
+# tokens along an axis, channels and their segments, of vip_s7, of vip_m7 and vip_l7, and of vip_s14 too
+LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 
 
@@ -75,7 +81,7 @@ def run_suite(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """
     allow_fast_kernels(device)
     findings: list[Finding] = []
-    groups = (_on_gpu, _training) if device.type == "cuda" else (_on_cpu, _training)
+    groups = (_on_gpu, _training, kernel_findings) if device.type == "cuda" else (_on_cpu, _training)
     for group in tqdm((*groups, _others, data_path_findings, epoch_findings), "Suite", leave=False, disable=None):
         try:
             findings += group(config, device)
@@ -194,6 +200,40 @@ def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
         ratio, limit = memory[0] / memory[1], 0.6 if device.type == "cuda" else None
         findings.append(Finding(f"{what}: peak memory, {best} against {book}", [ratio], limit, True, remark))
     return findings
+
+
+def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """Mixing layers by the kernels of `vip.ops` against torch, for the layers of the published models."""
+    findings = []
+    for length, dim, segments in LAYERS:
+        shape = (config.batch_size[0], length, length, segments, dim // segments)
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        layer = AxisMix(length, dim // segments, device=device, dtype=torch.bfloat16)
+        for axis, backward in itertools.product((1, 2), (False, True)):
+            steps: dict[Hashable, Step] = {on: partial(_mix, layer, x, axis, on, backward) for on in (True, False)}
+            for step in steps.values():
+                step()  # compiles
+            turns = take_turns(steps, config.rounds, config.seconds / 10, device)
+            own, torchs = (turns[on].seconds for on in (True, False))
+            flops = 2 * x.numel() * length * dim // segments * (3 if backward else 1)
+            remark = f"{median(own) * 1e6:,.0f} and {median(torchs) * 1e6:,.0f} us; "
+            remark += f"{flops / median(own) / 1e12:,.0f} TFLOP/s" + "".join(turns[on].error for on in steps)
+            title = f"{'height' if axis == 1 else 'width'} of {length} tokens, {segments} segments of {dim // segments}, "
+            title += f"bfloat16, {'forward and backward' if backward else 'forward'}: kernels against torch"
+            ratios = [b / a for a, b in zip(own, torchs, strict=True)]
+            findings.append(Finding(title, ratios, 1.0, remark=remark))
+    return findings
+
+
+def _mix(layer: AxisMix, x: torch.Tensor, axis: int, on: bool, backward: bool) -> None:
+    ops.set_kernels(on)
+    try:
+        with torch.set_grad_enabled(backward):
+            mixed = layer.mix(x, axis).contiguous()  # in the layout that what follows reads
+        if backward:
+            torch.autograd.grad(mixed, (x, layer.weight), mixed)
+    finally:
+        ops.set_kernels(True)
 
 
 def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:

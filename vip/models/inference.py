@@ -53,7 +53,11 @@ def optimize_for_inference(
     model = model.to(_fast_dtype(model) if dtype is None else dtype)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return torch.compile(model, options={"freezing": True}) if compiled else model
+    if not compiled:
+        return model
+    # on a GPU, matrix products that end with what follows them are worth the search for them
+    options: dict[str, Any] = {"freezing": True, "max_autotune": next(model.parameters()).is_cuda}
+    return torch.compile(model, options=options)
 
 
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:

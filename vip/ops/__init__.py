@@ -47,9 +47,9 @@ def _computing_type(x: torch.Tensor) -> torch.dtype:
 
 @torch.jit.unused
 def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """Mix `[B, H, W, N, S]` along its height (axis 1) or width (axis 2) by a `[L * S, L * S]` matrix, under autocast too.
+    """Mix `[B, H, W, N, S]` along its height (axis 1) or width (axis 2) by a `[L * S, L * S]` matrix.
 
-    See `vip.ops.kernels.axis_mix`.
+    See `vip.ops.kernels.axis_mix`; under autocast in its type.
     """
     from . import kernels  # only where there is Triton
 

@@ -23,6 +23,7 @@ class ModelConfig(Options):
     torchcompile: str | None = option(None, "compile the model, with this backend", const="inductor", metavar="BACKEND")
     torchcompile_mode: str | None = option(None, "mode of torch.compile, such as max-autotune")
     fast_norm: bool = option(False, "normalize in low precision under AMP (Apex's fused kernel where it is installed)")
+    no_kernels: bool = option(False, "let torch compute what this package has GPU kernels for, as VIP_KERNELS=0 does")
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
 from torch import nn
 
+from vip import ops
 from vip.data.config import InputConfig
 from vip.errors import UserError
 from vip.options import nearest
@@ -51,6 +52,8 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
     check_model_name(config.model)
     if config.fast_norm:
         set_fast_norm()
+    if config.no_kernels:
+        ops.set_kernels(False)
     kwargs = {"num_classes": num_classes, "global_pool": config.gp or None, **kwargs, **config.model_kwargs}
     try:
         args = resolve_model_input_args(

@@ -66,6 +66,7 @@ _FROM_CHECKPOINT = (
     "apex_amp",
     "channels_last",
     "fast_norm",
+    "no_kernels",
     "tta",
 )
 
