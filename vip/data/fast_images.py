@@ -7,7 +7,6 @@ it is without them; its pixels differ by the rounding and the filters of the lib
 import io
 import random
 from collections.abc import Sequence
-from functools import partial
 from typing import IO, Any
 
 import cv2
@@ -16,23 +15,28 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data.auto_augment import AutoAugment, RandAugment
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.data.mixup import cutmix_bbox_and_lam
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 
 from vip.data.augmentation import CollateMixup
+from vip.data.fast_ops import accelerate_op, to_pillow
 from vip.data.images import check_size, decode_image
-from vip.data.moves import MOVES, crop_matrix, policy_ops
+from vip.data.moves import policy_ops
 
 cv2.setNumThreads(0)  # loader processes are as many as there are cores
 
-_WARPS = {
-    Image.Resampling.NEAREST: cv2.INTER_NEAREST,
-    Image.Resampling.BILINEAR: cv2.INTER_LINEAR,
-    Image.Resampling.BICUBIC: cv2.INTER_CUBIC,
-}
+# They take no tensors, or round them in another way.
+_OF_PILLOW = (
+    AugMixAugment,
+    MaybeToTensor,
+    transforms.ColorJitter,
+    transforms.RandomApply,
+    transforms.RandomGrayscale,
+)
 
 
 def decode_fast(file: IO[bytes], mode: str = "RGB") -> Image.Image | torch.Tensor:
@@ -56,8 +60,8 @@ def decode_fast(file: IO[bytes], mode: str = "RGB") -> Image.Image | torch.Tenso
 class FastCrop(RandomResizedCropAndInterpolation):
     """timm's random crop, resized by torch, whose filters are Pillow's."""
 
-    def __call__(self, img: Image.Image | torch.Tensor) -> Image.Image:
-        """Crop and resize an image, or its bytes `[C, H, W]`."""
+    def __call__(self, img: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Crop and resize an image, or its bytes `[C, H, W]`, to bytes of which those of a pixel are neighbours."""
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
         mode: InterpolationMode = self.interpolation
         if isinstance(mode, tuple | list):
@@ -67,8 +71,7 @@ class FastCrop(RandomResizedCropAndInterpolation):
         else:
             crop = pil_to_tensor(img.crop((left, top, left + width, top + height)))
         crop = crop[None].contiguous(memory_format=torch.channels_last)  # for which torch has the faster filter
-        resized = F.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
-        return Image.fromarray(resized.permute(1, 2, 0).squeeze(-1).numpy())
+        return F.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
 
 
 class FastCollateMixup(CollateMixup):
@@ -76,18 +79,16 @@ class FastCollateMixup(CollateMixup):
 
     def _mix_batch_collate(self, output: torch.Tensor, batch: Sequence[Any]) -> float:
         lam, use_cutmix = self._params_per_batch()
-        images, out = [image.numpy() for image, *_ in batch], output.numpy()
+        images, out = [image.permute(1, 2, 0).numpy() for image, *_ in batch], output.numpy()
         if use_cutmix:
             (top, bottom, left, right), lam = cutmix_bbox_and_lam(
                 output.shape, lam, ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam
             )
-        for own, other, mixed in zip(images, reversed(images), out, strict=True):
-            if lam == 1 or use_cutmix:
-                mixed[:] = own
-                if lam != 1:
-                    mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
-            else:
-                cv2.addWeighted(own, lam, other, 1 - lam, 0, dst=mixed)
+        for own, other, planes in zip(images, reversed(images), out, strict=True):
+            mixed = own if lam == 1 or use_cutmix else cv2.addWeighted(own, lam, other, 1 - lam, 0)
+            cv2.split(mixed.astype(np.uint8, copy=False), list(planes))
+            if lam != 1 and use_cutmix:
+                planes[:, top:bottom, left:right] = other[top:bottom, left:right].transpose(2, 0, 1)
         return lam
 
 
@@ -97,22 +98,21 @@ def accelerate(transform: Any) -> Any:
     Args:
         transform: What `timm.data.create_transform(..., is_training=True)` gave, with bilinear or bicubic resizing.
     """
+    steps = []
     for step in transform.transforms:
         if type(step) is RandomResizedCropAndInterpolation:
             step.__class__ = FastCrop
         elif isinstance(step, RandAugment | AutoAugment):
             for op in policy_ops(step):
-                if op.name in MOVES:
-                    op.aug_fn = partial(_warp, op.name)  # type: ignore[assignment]  # it was a function
+                accelerate_op(op)
+            if isinstance(step, RandAugment):
+                step.ops = np.array(step.ops)  # which NumPy would make of a list for each image
+        elif isinstance(step, _OF_PILLOW):
+            steps.append(transforms.Lambda(_to_pillow))
+        steps.append(step)
+    transform.transforms = steps
     return transform
 
 
-def _warp(name: str, image: Image.Image, amount: float, fillcolor: Any, resample: Any) -> Image.Image:
-    """Rotate, shear or shift an image as an operation of timm does."""
-    if isinstance(resample, tuple | list):
-        resample = random.choice(resample)
-    # pixels are at their middles for Pillow, and at whole numbers for OpenCV
-    matrix = crop_matrix(-0.5, -0.5, 1, 1) @ MOVES[name](image, amount) @ crop_matrix(0.5, 0.5, 1, 1)
-    flags = _WARPS[resample] | cv2.WARP_INVERSE_MAP
-    moved = cv2.warpAffine(np.asarray(image), matrix[:2], image.size, flags=flags, borderValue=fillcolor)
-    return Image.fromarray(moved)
+def _to_pillow(image: Image.Image | torch.Tensor) -> Image.Image:
+    return to_pillow(image) if isinstance(image, torch.Tensor) else image

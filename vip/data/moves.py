@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 
 Matrix = np.ndarray
@@ -23,23 +22,23 @@ def _shift(x: float = 0.0, y: float = 0.0) -> Matrix:
     return crop_matrix(x, y, 1, 1)
 
 
-def _rotation(image: Image.Image, degrees: float) -> Matrix:
+def _rotation(width: int, height: int, degrees: float) -> Matrix:
     """Counterclockwise, about the middle, as Pillow rotates."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    x, y = image.width / 2, image.height / 2
+    x, y = width / 2, height / 2
     return _shift(x, y) @ turn @ _shift(-x, -y)
 
 
-# The operations of timm's policies that move pixels: from their argument to the matrix over pixels.
-MOVES: dict[str, Callable[[Image.Image, float], Matrix]] = {
+# The operations of timm's policies that move pixels: from width, height and their argument to the matrix over pixels.
+MOVES: dict[str, Callable[[int, int, float], Matrix]] = {
     "Rotate": _rotation,
-    "ShearX": lambda image, factor: _shear(x=factor),
-    "ShearY": lambda image, factor: _shear(y=factor),
-    "TranslateX": lambda image, pixels: _shift(x=pixels),
-    "TranslateY": lambda image, pixels: _shift(y=pixels),
-    "TranslateXRel": lambda image, share: _shift(x=share * image.width),
-    "TranslateYRel": lambda image, share: _shift(y=share * image.height),
+    "ShearX": lambda width, height, factor: _shear(x=factor),
+    "ShearY": lambda width, height, factor: _shear(y=factor),
+    "TranslateX": lambda width, height, pixels: _shift(x=pixels),
+    "TranslateY": lambda width, height, pixels: _shift(y=pixels),
+    "TranslateXRel": lambda width, height, share: _shift(x=share * width),
+    "TranslateYRel": lambda width, height, share: _shift(y=share * height),
 }
 
 

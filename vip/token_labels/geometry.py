@@ -184,9 +184,10 @@ class _Augment:
                 function: Any = op.aug_fn
                 op.aug_fn = partial(self._move, op.name, function)  # type: ignore[assignment]
 
-    def _move(self, name: str, function: Callable, image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
-        pixels = crop_matrix(0, 0, image.width, image.height)
-        self.moves.append(Move("augment", np.linalg.inv(pixels) @ MOVES[name](image, amount) @ pixels))
+    def _move(self, name: str, function: Callable, image: Any, amount: float, **kwargs: Any) -> Any:
+        width, height = get_image_size(image)
+        pixels = crop_matrix(0, 0, width, height)
+        self.moves.append(Move("augment", np.linalg.inv(pixels) @ MOVES[name](width, height, amount) @ pixels))
         return function(image, amount, **kwargs)
 
     def __call__(self, image: Image.Image) -> tuple[Image.Image, list[Move]]:
