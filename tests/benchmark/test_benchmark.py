@@ -29,7 +29,7 @@ from vip.errors import UserError
 CPU = torch.device("cpu")
 QUICK = ("--device", "cpu", "--rounds", 2, "--seconds", 0.001, "--warmup", 1)
 MODELS = ("test_vit", "vip_nano4_32")
-COUNTED = {"model", "img_size", "batch_size", "params_m", "gmacs", "activations_m"}
+COUNTED = {"model", "img_size", "batch_size", "width", "params_m", "gmacs", "activations_m"}
 FIGURES = {
     *("batch_size", "rounds", "images_per_second", "images_per_second_low", "images_per_second_high"),
     *("ratio", "ratio_low", "ratio_high", "share_of_matmul_rate", "memory_gb", "first_step_seconds"),
@@ -169,7 +169,15 @@ def test_median_range_and_ratio_of_rounds(monkeypatch: pytest.MonkeyPatch) -> No
     """The third round was slow for both, which speeds show and ratios do not."""
     rows = simulate(monkeypatch, {"a": [1.0, 1.25, 8.0], "b": [2.0, 2.5, 16.0]})
     assert rows["b"] == {
-        **{"model": "b", "img_size": 24, "batch_size": 8, "params_m": 2.0, "gmacs": 0.001, "activations_m": 3.0},
+        **{
+            "model": "b",
+            "img_size": 24,
+            "batch_size": 8,
+            "width": 1.0,
+            "params_m": 2.0,
+            "gmacs": 0.001,
+            "activations_m": 3.0,
+        },
         **{"inference_batch_size": 8, "inference_memory_gb": 0.5, "inference_first_step_seconds": 0.25},
         **{"inference_images_per_second": 8 / 2.5, "inference_images_per_second_low": 0.5},
         **{"inference_images_per_second_high": 4.0, "inference_ratio": 0.5, "inference_ratio_low": 0.5},

@@ -13,10 +13,15 @@ class RowsConfig(Options):
 
     models: list[str] = option([], "timm names or patterns, such as 'vip_*' (default: --table published)")
     table: str = option("", "a list of models: the comparison table as published", choices=("", "published"))
-    suite: str = option("", "targets: what is said of speed, measured (from a checkout)", choices=("", "performance"))
+    suite: str = option(
+        "",
+        "performance: what is said of speed, measured (from a checkout); scale: growth, and what a training takes",
+        choices=("", "performance", "scale"),
+    )
     baseline: str = option("", "model that ratios refer to (default: vip_s7 if it is there, else the first)")
     img_size: list[int] = option([], "image sizes, several for a sweep (default: each model's own)", low=1)
     batch_size: list[int] = option([32], "batch sizes, several for a sweep", "-b", low=1)
+    width: list[float] = option([1.0], "factors of the channels of a vip_*, several for a sweep", low=0.01, high=100)
 
 
 @dataclass(kw_only=True)

@@ -33,12 +33,14 @@ class Case:
 
     Attributes:
         form: Empty for the model as it is, 'textbook' as its paper spells it out, 'optimized' for inference.
+        width: Factor of its channels.
     """
 
     model: str
     img_size: int | None
     batch_size: int
     form: str = ""
+    width: float = 1.0
 
 
 @dataclass
@@ -93,6 +95,9 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
     torch.manual_seed(config.seed)
     training = _training_config(case, config)
     model: Any = create_model(training, None)
+    if case.width != 1:
+        dims = tuple(round(stage["num_chs"] * case.width) for stage in model.feature_info)
+        model = create_model(training, None, embed_dims=dims)
     input_size = tuple(resolve_data_config(model, training)["input_size"])
     counts = count(model, input_size)
     model = _in_form(model, case.form, config).to(device)

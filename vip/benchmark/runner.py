@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import itertools
 import logging
 from collections.abc import Hashable, Iterable
 from statistics import median
@@ -48,8 +49,8 @@ def run(config: BenchmarkConfig, models: list[str], baseline: str, device: torch
     """
     allow_fast_kernels(device)
     sizes: list[int | None] = [*config.img_size] or [None]
-    cases = [Case(model, size, batch) for size in sizes for batch in config.batch_size for model in models]
-    cases = list(dict.fromkeys(cases))
+    sweeps = itertools.product(sizes, config.batch_size, config.width, models)
+    cases = list(dict.fromkeys(Case(model, size, batch, width=width) for size, batch, width, model in sweeps))
     rows = {case: _described(case) for case in cases}
     with within_available_memory(device):
         for phase in config.phases:
@@ -108,8 +109,8 @@ def choose_baseline(config: BenchmarkConfig, models: list[str]) -> str:
 
 def _described(case: Case) -> Row:
     published = {row.model: row for row in published_rows()}.get(case.model)
-    row: Row = {"model": case.model, "img_size": case.img_size, "batch_size": case.batch_size}
-    if published is not None:
+    row: Row = {"model": case.model, "img_size": case.img_size, "batch_size": case.batch_size, "width": case.width}
+    if published is not None and case.width == 1:
         row |= {
             "published_name": published.name,
             "published_top1": published.top1,
@@ -159,7 +160,7 @@ def _measure(
         if own.error:
             measured[case] = {f"{phase}_error": _failed(case, phase, own.error)}
             continue
-        base = Case(baseline, case.img_size, case.batch_size)
+        base = Case(baseline, case.img_size, case.batch_size, width=case.width)
         speed = _images_per_second(contender, own)
         compared = base in contenders and not turns[base].error
         base_speed = _images_per_second(contenders[base], turns[base]) if compared else []

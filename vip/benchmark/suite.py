@@ -206,23 +206,28 @@ def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Findi
     """Mixing layers by the kernels of `vip.ops` against torch, for the layers of the published models."""
     findings = []
     for length, dim, segments in LAYERS:
-        shape = (config.batch_size[0], length, length, segments, dim // segments)
+        size = dim // segments
+        shape = (config.batch_size[0], length, length, segments, size)
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-        layer = AxisMix(length, dim // segments, device=device, dtype=torch.bfloat16)
+        layer = AxisMix(length, size, device=device, dtype=torch.bfloat16)
         for axis, backward in itertools.product((1, 2), (False, True)):
+            what = f"{'height' if axis == 1 else 'width'} of {length} tokens, {segments} segments of {size}, bfloat16, "
+            what += f"{'forward and backward' if backward else 'forward'}: kernels against torch"
             steps: dict[Hashable, Step] = {on: partial(_mix, layer, x, axis, on, backward) for on in (True, False)}
-            for step in steps.values():
-                step()  # compiles
-            turns = take_turns(steps, config.rounds, config.seconds / 10, device)
-            own, torchs = (turns[on].seconds for on in (True, False))
-            flops = 2 * x.numel() * length * dim // segments * (3 if backward else 1)
-            remark = f"{median(own) * 1e6:,.0f} and {median(torchs) * 1e6:,.0f} us; "
-            remark += f"{flops / median(own) / 1e12:,.0f} TFLOP/s" + "".join(turns[on].error for on in steps)
-            title = f"{'height' if axis == 1 else 'width'} of {length} tokens, {segments} segments of {dim // segments}, "
-            title += f"bfloat16, {'forward and backward' if backward else 'forward'}: kernels against torch"
-            ratios = [b / a for a, b in zip(own, torchs, strict=True)]
-            findings.append(Finding(title, ratios, 1.0, remark=remark))
+            flops = 2 * x.numel() * length * size * (3 if backward else 1)
+            findings.append(_kernel_finding(what, steps, flops, config, device))
     return findings
+
+
+def _kernel_finding(
+    what: str, steps: dict[Hashable, Step], flops: int, config: BenchmarkConfig, device: torch.device
+) -> Finding:
+    for step in steps.values():
+        step()  # compiles
+    turns = take_turns(steps, config.rounds, config.seconds / 10, device)
+    own, other = (turns[on].seconds for on in (True, False))
+    remark = f"{median(own) * 1e6:,.0f} and {median(other) * 1e6:,.0f} us; {flops / median(own) / 1e12:,.0f} TFLOP/s"
+    return Finding(what, [b / a for a, b in zip(own, other, strict=True)], 1.0, remark=remark)
 
 
 def _mix(layer: AxisMix, x: torch.Tensor, axis: int, on: bool, backward: bool) -> None:

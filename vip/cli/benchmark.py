@@ -10,6 +10,7 @@ import torch
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.environment import clocks, environment
 from vip.benchmark.runner import check_setting, choose_baseline, choose_models, run
+from vip.benchmark.scale import growth_rows, make_plans
 from vip.benchmark.suite import run_suite, where_time_goes
 from vip.cli.arguments import parse
 from vip.errors import UserError
@@ -19,6 +20,7 @@ from vip.reporting.benchmarks import (
     findings_table,
     json_table,
     markdown_table,
+    plan_table,
     shares_table,
     write_texts,
 )
@@ -69,11 +71,28 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
         config.batch_size = [256 if device.type == "cuda" else 8]
     out = Path(config.out)
     write_texts(out.parent, {})  # whether it can be written is to be known before
+    text, status = (_performance if config.suite == "performance" else _scale)(config, device, out.parent)
+    print(text)
+    write_texts(out.parent, {out.name: text + "\n"})
+    return status
+
+
+def _performance(config: BenchmarkConfig, device: torch.device, folder: Path) -> tuple[str, int]:
     facts = environment(device)
     findings = run_suite(config, device)
     setting = f"{config.rounds} rounds of {config.seconds:g} s"
     text = findings_table(findings, facts | clocks(device), setting)
-    text = f"{shares_table(where_time_goes(config, device))}\n\n{text}"
-    print(text)
-    write_texts(out.parent, {out.name: text + "\n"})
-    return int(any(finding.target and finding.verdict != "yes" for finding in findings))
+    missed = any(finding.target and finding.verdict != "yes" for finding in findings)
+    return f"{shares_table(where_time_goes(config, device))}\n\n{text}", int(missed)
+
+
+def _scale(config: BenchmarkConfig, device: torch.device, folder: Path) -> tuple[str, int]:
+    facts = environment(device)
+    texts, failed = [], False
+    config.precision = "bfloat16" if device.type == "cuda" else "float32"
+    for grows, rows in growth_rows(config, device).items():
+        texts.append(f"Growth with `{grows}`:\n\n{markdown_table(rows, facts, rows[0]['model'], config.setting)}")
+        draw_benchmark(rows, folder)
+        failed |= any(name.endswith("_error") for row in rows for name in row)
+    texts.append(f"300 epochs of ImageNet:\n\n{plan_table(make_plans(config, device))}")
+    return "\n\n".join(texts), int(failed)

@@ -24,6 +24,7 @@ def markdown_table(rows: list[Row], environment: dict[str, Any], baseline: str, 
         ("model", lambda r: f"`{r['model']}`"),
         ("pixels", lambda r: _number(r["img_size"])),
         ("batch", lambda r: _number(r["batch_size"])),
+        *([("width", lambda r: _number(r["width"]))] if any(row["width"] != 1 for row in rows) else []),
         ("parameters", lambda r: _number(r.get("params_m"), unit="M")),
         ("MACs", lambda r: _number(r.get("gmacs"), unit="G")),
         ("activations", lambda r: _number(r.get("activations_m"), unit="M")),
@@ -64,6 +65,22 @@ def findings_table(findings: Iterable[Any], environment: dict[str, Any], setting
         lines.append(f"| {finding.what} | {found} | {target} | {finding.verdict} | {finding.remark} |")
     facts = "; ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
     return "\n".join([*lines, "", f"{setting}.", "", facts])
+
+
+def plan_table(plans: Iterable[Any]) -> str:
+    """What trainings take (plans of `vip.benchmark.plan`) as a Markdown table."""
+    names = ["model", "devices", "images an update", "img/s of a device", "an epoch", "training", "device hours"]
+    names += ["limited by", "cores a node needs", "sent for an update", "bandwidth that hides it"]
+    names += ["learning rate, linear or square-root rule"]
+    lines = [f"| {' | '.join(names)} |", f"| :--- |{' ---: |' * (len(names) - 1)}"]
+    for plan in plans:
+        cells = [f"`{plan.model}`", f"{plan.devices}", f"{plan.update_size:,}", _number(plan.images_per_second)]
+        cells += [f"{plan.epoch_seconds / 60:,.1f} min", f"{plan.hours:,.1f} h", f"{plan.hours * plan.devices:,.0f}"]
+        cells += [f"loader, {plan.cores:g} cores a device" if plan.loader_limits else "steps"]
+        cells += [f"{plan.cores_of_node:,.0f}", f"{plan.sent / 1e6:,.0f} MB", f"{plan.bandwidth / 1e9:,.2g} GB/s"]
+        cells += [" or ".join(f"{plan.learning_rate(power):.2g}" for power in (1, 0.5))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def shares_table(shares: dict[str, dict[str, float]]) -> str:
@@ -153,7 +170,7 @@ def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
 
 
 def draw_benchmark(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw what the rows allow: accuracy over throughput and parameters, growth with image size and with batch size.
+    """Draw what the rows allow: accuracy over throughput and parameters, growth with image size, batch size and width.
 
     Raises:
         UserError: If matplotlib is not installed, or the folder cannot be written.
@@ -162,7 +179,8 @@ def draw_benchmark(rows: list[Row], folder: Path) -> list[Path]:
         *_draw_accuracy(rows, "inference_images_per_second", "images a second, inference", folder / "top1-throughput"),
         *_draw_accuracy(rows, "params_m", "parameters in millions", folder / "top1-parameters"),
     ]
-    for name, title in (("img_size", "image size in pixels"), ("batch_size", "batch size")):
+    titles = {"img_size": "image size in pixels", "batch_size": "batch size", "width": "channels, as a factor"}
+    for name, title in titles.items():
         if any(len({row[name] for row in own}) > 1 for own in _by(rows, lambda row: row["model"]).values()):
             files += _draw_growth(rows, name, title, folder)
     return files
@@ -218,8 +236,10 @@ def _growth_figure(rows: list[Row], phase: str, name: str, title: str) -> Any:
 
 
 def _growth_label(row: Row, name: str) -> str:
-    other = f"{row['img_size']} px" if name == "batch_size" else f"batch {row['batch_size']}"
-    return f"{row['model']}, {other}"
+    """What stays while something grows."""
+    said = {"img_size": f"{row['img_size']} px", "batch_size": f"batch {row['batch_size']}"}
+    said |= {"width": f"width {row['width']:g}"} if row["width"] != 1 else {}
+    return ", ".join([row["model"], *(text for key, text in said.items() if key != name)])
 
 
 def _by(rows: Iterable[Row], key: Any) -> dict[str, list[Row]]:
