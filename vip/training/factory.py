@@ -166,12 +166,15 @@ def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: i
     """
     if config.lr_base is not None:
         config.lr = config.lr_base * images_per_update / config.lr_base_size
+    device = next(model.parameters()).device
     kwargs = {**optimizer_kwargs(config), **config.opt_kwargs}
+    if config.opt.lower() in ("adam", "adamw") and device.type in ("cpu", "cuda") and "foreach" not in kwargs:
+        kwargs.setdefault("fused", True)  # one pass over the weights
     groups: nn.Module | list[dict[str, Any]] = model
     if config.transfer_learning:
         groups = _transfer_groups(model, config.weight_decay, config.transfer_ratio)
     try:
-        _try_step(kwargs, next(model.parameters()).device)
+        _try_step(kwargs, device)
         return create_optimizer_v2(groups, **kwargs)
     except (*_ARGUMENT_ERRORS, ImportError) as e:
         known = [str(name) for name in list_optimizers()]
