@@ -98,7 +98,8 @@ class AxisMix(nn.Linear):
         if not torch.jit.is_scripting() and ops.use_kernels(x):
             return ops.axis_mix(x, self.weight, axis)
         lines = x.movedim(axis, 3)  # [B, W, N, H, S] or [B, H, N, W, S]
-        return self(lines.flatten(3)).reshape(lines.shape).movedim(3, axis)
+        mixed = self(lines.flatten(3)).reshape(lines.shape).movedim(3, axis)
+        return mixed if torch.compiler.is_compiling() else mixed.contiguous()  # compilers read it where it lies
 
     @torch.no_grad()
     def set_length(self, length: int) -> None:
@@ -164,10 +165,11 @@ class PermuteMlp(nn.Module):
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 
         # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
-        pooled = h.mean((1, 2)) + w.mean((1, 2)) + c.mean((1, 2))  # of each alone, which reads them once
-        a = self.reweight(pooled.reshape(B, C)).reshape(B, 1, 1, h.shape[3], h.shape[4], 3).softmax(-1)
-        a_h, a_w, a_c = a.to(c.dtype).unbind(-1)  # autocast's softmax is float32, and would make what it weighs so
-        mixed = torch.addcmul(torch.addcmul(c * a_c, w, a_w), h, a_h)
+        # sums, as a mean copies what it reads in 16 bits to float32, and its gradient is no view
+        pooled = (h.sum(1) + w.sum(1) + c.sum(1)).mean(1).reshape(B, C) / H
+        a = self.reweight(pooled).reshape(B, 1, 1, self.segments, -1, 3).movedim(-1, 0).softmax(0)
+        a_h, a_w, a_c = a.to(c.dtype).unbind(0)  # autocast's softmax is float32, and would make what it weighs so
+        mixed = (c * a_c).addcmul_(w, a_w).addcmul_(h, a_h)
         return self.proj_drop(self.proj(mixed.reshape(x.shape)))
 
 

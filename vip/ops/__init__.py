@@ -28,9 +28,9 @@ def set_kernels(enable: bool) -> None:
 @torch.jit.unused  # what scripts call is torch's
 def use_kernels(x: torch.Tensor) -> bool:
     """Whether the kernels are to mix a tensor `[B, H, W, N, S]`."""
+    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return False  # what tracers make, torch.fx's among them, knows torch's operators only
     if not (_enabled and _HAS_TRITON and x.is_cuda) or torch.version.cuda is None:
-        return False
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # what comes of them knows torch's operators only
         return False
     return (
         _computing_type(x) in HALVES
