@@ -71,7 +71,7 @@ def test_exports_and_scripts(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_with_packed_weights() -> None:
+def test_compiled() -> None:
     model = random_model("vip_nano4_32").float()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
