@@ -147,8 +147,12 @@ def test_photographs_are_as_large_as_photographs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_data_path_ratios() -> None:
-    ratios, remark = pipeline.data_path_ratios(rounds=2, images=32)
+def test_data_path_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, size = pipeline.data_path_seconds(rounds=2, images=32)
+    assert 80e3 < size < 150e3
+    monkeypatch.setattr(pipeline, "data_path_seconds", lambda rounds: (seconds, size))
+    ratios, remark = pipeline.data_path_ratios(rounds=2)
+    assert ratios == [a / b for a, b in zip(seconds["timm"], seconds["fast"], strict=True)]
     assert len(ratios) == 2 and all(0.5 < ratio < 10 for ratio in ratios) and "timm" in remark
 
 
