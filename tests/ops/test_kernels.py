@@ -19,8 +19,9 @@ pytestmark = [
 ]
 pytestmark += [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# float32 products are float32 ones ("ieee"), not those of the matrix units; the interpreter multiplies no bfloat16
-ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3} | ({} if INTERPRETED else {torch.bfloat16: 8e-3})
+# the interpreter multiplies no bfloat16; on a GPU float32 is torch's
+ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3} if INTERPRETED else {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPE = next(iter(ERRORS))
 
 
 def textbook(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
@@ -46,9 +47,9 @@ def check(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int = 0) 
     assert mixed.dtype == dtype and mixed.is_contiguous()
     mixed.backward(grad)
     expected.backward(grad.double())
-    for found, wanted in ((mixed, expected), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+    for found, wanted in ((mixed.detach(), expected.detach()), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
         # a sum of few products may be small beside them
-        assert relative_error(found, wanted) < ERRORS[dtype] or (found.double() - wanted).abs().max() < 1e-6
+        assert relative_error(found, wanted) < ERRORS[dtype] or (found.double() - wanted).abs().max() < ERRORS[dtype]
 
 
 @pytest.mark.parametrize("dtype", ERRORS)
@@ -67,12 +68,12 @@ sizes = st.integers(1, 9)
 @settings(deadline=None, max_examples=40)
 @given(st.tuples(st.integers(0, 4).map(lambda b: b + 1), sizes, sizes, sizes, sizes), st.sampled_from([1, 2]), sizes)
 def test_of_any_shape(shape: tuple[int, ...], axis: int, seed: int) -> None:
-    check(shape, axis, torch.float32, seed)
+    check(shape, axis, DTYPE, seed)
 
 
 def test_many_rows_are_summed_in_parts() -> None:
     """The gradient of a weight is a sum over rows, which several programs share."""
-    check((5, 4, 37, 5, 2), 1, torch.float32)
+    check((5, 4, 37, 5, 2), 1, DTYPE)
     assert 5 * 37 * 5 > 2 * 64
 
 
@@ -87,10 +88,10 @@ def test_is_the_same_to_the_bit_again() -> None:
 
 
 def test_of_any_memory_layout() -> None:
-    x = torch.randn(2, 6, 4, 3, 5, device=DEVICE).permute(0, 2, 4, 1, 3)
-    weight = torch.randn(12, 12, device=DEVICE).t()
+    x = torch.randn(2, 6, 4, 3, 5, device=DEVICE, dtype=DTYPE).permute(0, 2, 4, 1, 3)
+    weight = torch.randn(12, 12, device=DEVICE, dtype=DTYPE).t()
     error = relative_error(kernels.axis_mix(x, weight, 1), textbook(x.double(), weight.double(), 1))
-    assert not x.is_contiguous() and not weight.is_contiguous() and error < 1e-6
+    assert not x.is_contiguous() and not weight.is_contiguous() and error < ERRORS[DTYPE]
 
 
 @pytest.mark.parametrize("weight", [(8, 6), (10, 10), (16,)])
@@ -100,7 +101,8 @@ def test_refuses_a_weight_of_another_size(weight: tuple[int, ...]) -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    x, weight = torch.randn(1, 2, 2, 1, 2, device=DEVICE), torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    x = torch.randn(1, 2, 2, 1, 2, device=DEVICE, dtype=DTYPE)
+    weight = torch.randn(4, 4, device=DEVICE, dtype=DTYPE, requires_grad=True)
     (grad,) = torch.autograd.grad(kernels.axis_mix(x, weight, 2).sum(), weight)
     assert grad.shape == weight.shape and x.grad is None
     with torch.no_grad():
@@ -108,13 +110,14 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 def test_is_a_good_operator() -> None:
-    x = torch.randn(2, 4, 3, 2, 2, device=DEVICE, requires_grad=True)
-    weight = torch.randn(8, 8, device=DEVICE, requires_grad=True)
+    x = torch.randn(2, 4, 3, 2, 2, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    weight = torch.randn(8, 8, device=DEVICE, dtype=DTYPE, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration") + (() if INTERPRETED else ("test_faketensor",))
     torch.library.opcheck(kernels.axis_mix, (x, weight, 1), test_utils=checks)
     torch.library.opcheck(kernels.axis_mix_weight_grad, (x.detach(), x.detach(), 1), test_utils=checks)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="float32")
 def test_models_compute_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of a whole model, the kernels in every block."""
     torch.manual_seed(0)
@@ -131,6 +134,7 @@ def test_models_compute_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="float32")
 def test_golden_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model("vip_s7").double().eval()
     fill(model)

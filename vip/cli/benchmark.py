@@ -88,11 +88,12 @@ def _performance(config: BenchmarkConfig, device: torch.device, folder: Path) ->
 
 def _scale(config: BenchmarkConfig, device: torch.device, folder: Path) -> tuple[str, int]:
     facts = environment(device)
-    texts, failed = [], False
     config.precision = "bfloat16" if device.type == "cuda" else "float32"
+    texts, failed = [], False
     for grows, rows in growth_rows(config, device).items():
-        texts.append(f"Growth with `{grows}`:\n\n{markdown_table(rows, facts, rows[0]['model'], config.setting)}")
+        texts.append(f"Growth with `{grows}`:\n\n{markdown_table(rows, {}, rows[0]['model'], config.setting).rstrip()}")
         draw_benchmark(rows, folder)
         failed |= any(name.endswith("_error") for row in rows for name in row)
     texts.append(f"300 epochs of ImageNet:\n\n{plan_table(make_plans(config, device))}")
+    texts.append("; ".join(f"{name} {value}" for name, value in (facts | clocks(device)).items() if value is not None))
     return "\n\n".join(texts), int(failed)

@@ -77,7 +77,7 @@ def plan_table(plans: Iterable[Any]) -> str:
         cells = [f"`{plan.model}`", f"{plan.devices}", f"{plan.update_size:,}", _number(plan.images_per_second)]
         cells += [f"{plan.epoch_seconds / 60:,.1f} min", f"{plan.hours:,.1f} h", f"{plan.hours * plan.devices:,.0f}"]
         cells += [f"loader, {plan.cores:g} cores a device" if plan.loader_limits else "steps"]
-        cells += [f"{plan.cores_of_node:,.0f}", f"{plan.sent / 1e6:,.0f} MB", f"{plan.bandwidth / 1e9:,.2g} GB/s"]
+        cells += [_number(plan.cores_of_node), f"{plan.sent / 1e6:,.0f} MB", f"{plan.bandwidth / 1e9:,.2g} GB/s"]
         cells += [" or ".join(f"{plan.learning_rate(power):.2g}" for power in (1, 0.5))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -190,7 +190,7 @@ def _draw_accuracy(rows: list[Row], x: str, title: str, path: Path) -> list[Path
     """Published accuracy over something measured, at the image size it was published for."""
     largest = max(row["batch_size"] for row in rows)
     points = [row for row in rows if _as_published(row) and row["batch_size"] == largest and row.get(x)]
-    if not points:
+    if len({row["model"] for row in points}) < 2:
         return []
     figure, (ax,) = new_figure()
     for own in _by(points, lambda row: row["published_name"].partition("-")[0]).values():
