@@ -1,6 +1,7 @@
 """The performance suite: its findings by hand-made turns, and a whole run of small models."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def test_rows_of_a_gpu(small_models: None) -> None:
 def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "LAYERS", ((4, 12, 3),))
     used: list[bool] = []
-    monkeypatch.setattr(ops, "use_kernels", lambda x: bool(used.append(ops._enabled)))
+    assert not suite.kernel_findings(QUICK, CPU)[0].ratios, "torch is not compared with itself"
+    monkeypatch.setattr(ops, "use_kernels", lambda x: used.append(ops._enabled) or ops._enabled)
+    monkeypatch.setattr(ops, "axis_mix", lambda x, weight, axis: x * weight.sum())
     findings = suite.kernel_findings(QUICK, CPU)
     assert len(findings) == 4 and all(len(finding.ratios) == 2 and finding.target == 1 for finding in findings)
     assert "width of 4 tokens, 3 segments of 4, bfloat16, forward and backward" in findings[3].what
@@ -129,12 +132,25 @@ def test_the_suite_writes_every_row(
     assert "| epoch_findings | not measured |" in table and "no epoch" in table
 
 
+@pytest.mark.parametrize("name", ["performance", "scale"])
+def test_what_is_missing_is_said_before_anything_is_measured(
+    name: str, command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vip.data.fast_images", None)
+    monkeypatch.setattr(suite, "prepare", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("vip.benchmark.runner.prepare", lambda *args: pytest.fail("measured"))
+    outcome = command("benchmark", "--suite", name, "--out", tmp_path / "x", "--device", "cpu")
+    assert outcome.status == 2 and "vision-permutator[fast]" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--suite", "performance"), "add --out FILE"),
         (("--out", "x"), "--out is for the table of --suite"),
         (("--suite", "performance", "--out", "x", "--models", "vip_s7"), "leave out --models"),
+        (("--suite", "performance", "--out", "."), "--out . is a folder"),
+        (("--suite", "scale", "--out", "x", "-b", "4", "8"), "--suite takes one --batch-size, 2 given"),
     ],
 )
 def test_mistakes(flags: tuple[str, ...], message: str, command: Callable[..., Outcome]) -> None:

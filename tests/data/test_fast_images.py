@@ -206,3 +206,14 @@ def test_a_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "vip.data.fast_images")
     with pytest.raises(UserError, match=rf"--fast-images.*{library}.*pip install"):
         create_train_transform(TrainConfig(fast_images=True), INPUT)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3)])
+def test_images_of_a_pixel_or_two_are_cropped(size: tuple[int, int]) -> None:
+    """Of which timm's crop may leave no row or no column."""
+    crop = fast_images.FastCrop(8, scale=(0.08, 1.0))
+    image = torch.full((3, *size), 77, dtype=torch.uint8)
+    for seed in range(200):
+        random.seed(seed)
+        made = crop(image)
+        assert made.shape == (3, 8, 8) and (made == 77).all()

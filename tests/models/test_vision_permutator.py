@@ -791,3 +791,9 @@ def test_no_initial_weight_is_an_outlier() -> None:
     init_linear(linear, "")
     assert 0.1 < linear.weight.detach().abs().max() < 0.14
     assert abs(linear.weight.std().item() - 0.02) < 1e-5
+
+
+def test_batches_of_no_image() -> None:
+    """As torch's own layers take them."""
+    model = timm.create_model("vip_nano4_32", num_classes=3).eval()
+    assert model(torch.empty(0, 3, 32, 32)).shape == (0, 3)

@@ -7,6 +7,7 @@ from torch import nn
 from vip.errors import UserError
 from vip.training.config import TrainConfig
 from vip.training.factory import create_optimizer
+from vip.training.resume import _taking_its_own_steps
 
 
 @pytest.mark.parametrize("opt", ["adam", "adamw", "AdamW"])
@@ -45,3 +46,32 @@ def test_what_is_asked_for_wins(opt: str, kwargs: dict, fused: bool | None) -> N
 def test_an_argument_that_it_does_not_take_is_said() -> None:
     with pytest.raises(UserError, match="Cannot create the optimizer adamw: .*colour"):
         create_optimizer(TrainConfig(opt="adamw", opt_kwargs={"colour": 1}), nn.Linear(2, 2), images_per_update=1)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("own", [{}, {"fused": False}])
+@pytest.mark.parametrize("saved", [{}, {"fused": False}])
+def test_a_resumed_optimizer_steps_as_it_was_made_to(saved: dict, own: dict, scaled: bool) -> None:
+    """Whatever the saved one did: a loss scale finds out what an optimizer can when it is made."""
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (
+        create_optimizer(TrainConfig(opt="adamw", opt_kwargs=kwargs), model, images_per_update=1)
+        for kwargs, model in zip((saved, own), models, strict=True)
+    )
+    images = torch.randn(4, 3)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        optimizer.zero_grad()
+        scaler.scale(model(images).pow(2).sum()).backward()
+        scaler.step(optimizer)
+
+    step(models[0], first)
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(_taking_its_own_steps(first.state_dict(), second))
+    assert [group["fused"] for group in second.param_groups] == [own.get("fused", True)] * 2
+    for model, optimizer in ((models[0], first), (models[1], second)):
+        step(model, optimizer)
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())

@@ -97,7 +97,10 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
     model: Any = create_model(training, None)
     if case.width != 1:
         dims = tuple(round(stage["num_chs"] * case.width) for stage in model.feature_info)
-        model = create_model(training, None, embed_dims=dims)
+        try:
+            model = create_model(training, None, embed_dims=dims)
+        except UserError as e:
+            raise UserError(f"--width {case.width:g} is for a vip_* whose segments divide the new channels. {e}") from e
     input_size = tuple(resolve_data_config(model, training)["input_size"])
     counts = count(model, input_size)
     model = _in_form(model, case.form, config).to(device)
@@ -148,6 +151,7 @@ def _training_config(case: Case, config: BenchmarkConfig) -> TrainConfig:
         model=case.model,
         img_size=case.img_size,
         opt=config.opt,
+        no_kernels=config.no_kernels,
         drop_path=None,
         amp=config.precision != "float32",
         amp_dtype="bfloat16" if config.precision == "float32" else config.precision,

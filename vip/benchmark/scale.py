@@ -44,7 +44,7 @@ def make_plans(config: BenchmarkConfig, device: torch.device) -> list[Plan]:
     config = dataclasses.replace(config, bench="train")
     rows = [row for row in run(config, list(TRAINED), MODEL, device) if "train_images_per_second" in row]
     per_core = 1 / median(data_path_seconds(config.rounds)[0]["fast"])
-    cores = (os.cpu_count() or 1) / (torch.cuda.device_count() if device.type == "cuda" else 1)
+    cores = _cores() / (torch.cuda.device_count() if device.type == "cuda" else 1)
     return [
         Plan(
             row["model"],
@@ -59,3 +59,8 @@ def make_plans(config: BenchmarkConfig, device: torch.device) -> list[Plan]:
         for devices in (8, 64)
         for row in rows
     ]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

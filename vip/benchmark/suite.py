@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from vip import ops
 from vip.benchmark.config import BenchmarkConfig
-from vip.benchmark.contenders import Case, Contender, prepare
+from vip.benchmark.contenders import Case, Contender, prepare, textbook
 from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, synchronize, take_turns, time_shares
 from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
-from vip.errors import UserError
+from vip.data.augmentation import import_fast_images
 from vip.models.vision_permutator import AxisMix
 from vip.training.runtime import allow_fast_kernels
 
@@ -77,16 +77,16 @@ def run_suite(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
         device: Device of the models.
 
     Raises:
-        UserError: If the textbook models are not there.
+        UserError: If the textbook models or libraries are not there.
     """
+    textbook(torch.nn.Identity())  # what is missing is to be known before anything is measured
+    import_fast_images()
     allow_fast_kernels(device)
     findings: list[Finding] = []
     groups = (_on_gpu, _training, kernel_findings) if device.type == "cuda" else (_on_cpu, _training)
     for group in tqdm((*groups, _others, data_path_findings, epoch_findings), "Suite", leave=False, disable=None):
         try:
             findings += group(config, device)
-        except UserError:
-            raise
         except Exception as e:  # one group may fail in a way of its own, and the others are worth having
             _logger.warning(f"{group.__name__.strip('_')}: {one_line(e)}")
             findings.append(Finding(group.__name__.strip("_"), [], remark=one_line(e)))
@@ -209,6 +209,8 @@ def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Findi
         size = dim // segments
         shape = (config.batch_size[0], length, length, segments, size)
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        if not ops.use_kernels(x):
+            return [Finding("kernels against torch", [], remark="they are off, or not for this device")]
         layer = AxisMix(length, size, device=device, dtype=torch.bfloat16)
         for axis, backward in itertools.product((1, 2), (False, True)):
             what = f"{'height' if axis == 1 else 'width'} of {length} tokens, {segments} segments of {size}, bfloat16, "
@@ -238,7 +240,7 @@ def _mix(layer: AxisMix, x: torch.Tensor, axis: int, on: bool, backward: bool) -
         if backward:
             torch.autograd.grad(mixed, (x, layer.weight), mixed)
     finally:
-        ops.set_kernels(True)
+        ops.set_kernels(None)
 
 
 def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:

@@ -66,10 +66,10 @@ class FastCrop(RandomResizedCropAndInterpolation):
         mode: InterpolationMode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        if isinstance(img, torch.Tensor):
-            crop = img[:, top : top + height, left : left + width]
-        else:
-            crop = pil_to_tensor(img.crop((left, top, left + width, top + height)))
+        crop = img if isinstance(img, torch.Tensor) else pil_to_tensor(img)
+        # of an image of a pixel or two timm's crop may be no row or no column
+        top, left = (min(place, size - 1) for place, size in zip((top, left), crop.shape[1:], strict=True))
+        crop = crop[:, top : top + max(height, 1), left : left + max(width, 1)]
         crop = crop[None].contiguous(memory_format=torch.channels_last)  # for which torch has the faster filter
         return F.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
 

@@ -53,7 +53,8 @@ def optimize_for_inference(
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     # on a GPU, matrix products that end with what follows them are worth the search for them
-    return torch.compile(model, options={"max_autotune": next(model.parameters()).is_cuda}) if compiled else model
+    options: dict[str, Any] = {"max_autotune": any(p.is_cuda for p in model.parameters())}
+    return torch.compile(model, options=options) if compiled else model
 
 
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
@@ -77,7 +78,7 @@ def _fold_layer_norm(norm: Any, layer: Any) -> None:
 
 def _fast_dtype(model: nn.Module) -> torch.dtype:
     """The type of floating point numbers that the model's device is fastest with, of those that keep its accuracy."""
-    weight = next(model.parameters())
+    weight = next(model.parameters(), torch.empty(0))
     if weight.device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

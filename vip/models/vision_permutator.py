@@ -160,14 +160,14 @@ class PermuteMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix `[B, H, W, C]` along height, width and channels."""
         B, H, W, C = x.shape
-        x_bhwns = x.reshape(B, H, W, self.segments, -1)
+        x_bhwns = x.reshape(B, H, W, self.segments, C // self.segments)
         h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 
         # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
         # sums, as a mean copies what it reads in 16 bits to float32, and its gradient is no view
         pooled = (h.sum(1) + w.sum(1) + c.sum(1)).mean(1).reshape(B, C) / H
-        a = self.reweight(pooled).reshape(B, 1, 1, self.segments, -1, 3).movedim(-1, 0).softmax(0)
+        a = self.reweight(pooled).reshape(B, 1, 1, self.segments, C // self.segments, 3).movedim(-1, 0).softmax(0)
         a_h, a_w, a_c = a.to(c.dtype).unbind(0)  # autocast's softmax is float32, and would make what it weighs so
         mixed = (c * a_c).addcmul_(w, a_w).addcmul_(h, a_h)
         return self.proj_drop(self.proj(mixed.reshape(x.shape)))

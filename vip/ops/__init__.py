@@ -16,13 +16,14 @@ __all__ = ["axis_mix", "set_kernels", "use_kernels"]
 HALVES = (torch.float16, torch.bfloat16)
 
 _HAS_TRITON = find_spec("triton") is not None
-_enabled = os.environ.get("VIP_KERNELS", "1") != "0"
+_BY_DEFAULT = os.environ.get("VIP_KERNELS", "1") != "0"
+_enabled = _BY_DEFAULT
 
 
-def set_kernels(enable: bool) -> None:
-    """Use the kernels where they win (the default), or have torch compute everything."""
+def set_kernels(enable: bool | None) -> None:
+    """Use the kernels where they win, or have torch compute everything; None: as the environment says."""
     global _enabled
-    _enabled = enable
+    _enabled = _BY_DEFAULT if enable is None else enable
 
 
 @torch.jit.unused  # what scripts call is torch's
@@ -42,7 +43,9 @@ def use_kernels(x: torch.Tensor) -> bool:
 
 def _computing_type(x: torch.Tensor) -> torch.dtype:
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):  # which leaves float64 as it is
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 @torch.jit.unused

@@ -152,13 +152,16 @@ def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
         `[B, H, W, N, S]`, contiguous. Products are summed in float32.
 
     Raises:
-        ValueError: If the weight does not fit the axis and the segments.
+        ValueError: If the axis is another, or the weight does not fit the axis, the segments and the type.
     """
+    if x.ndim != 5 or axis not in (1, 2):
+        raise ValueError(f"Axis {axis} of {x.ndim} dimensions, expected 1 (height) or 2 (width) of [B, H, W, N, S].")
     size = x.shape[axis] * x.shape[4]
-    if weight.shape != (size, size):
+    if weight.shape != (size, size) or weight.dtype != x.dtype:
+        line = f"{'height' if axis == 1 else 'width'} of {x.shape[axis]}"
         raise ValueError(
-            f"A weight of {' x '.join(map(str, weight.shape))}, expected {size} x {size} for a "
-            f"{'height' if axis == 1 else 'width'} of {x.shape[axis]} and segments of {x.shape[4]} channels."
+            f"A weight of {' x '.join(map(str, weight.shape))} in {weight.dtype}, expected {size} x {size} for a "
+            f"{line} and segments of {x.shape[4]} channels in {x.dtype}."
         )
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -198,7 +201,8 @@ def axis_mix_weight_grad(grad: torch.Tensor, x: torch.Tensor, axis: int) -> torc
     layout = _layout(x, axis)
     size = layout["SIZE"]
     rows, tiles = x.numel() // size, triton.cdiv(size, 128) ** 2
-    rows_of_part = triton.cdiv(triton.cdiv(rows, max(1, 256 // tiles)), 64) * 64  # about 256 programs fill a GPU
+    # about 256 programs fill a GPU
+    rows_of_part = max(1, triton.cdiv(triton.cdiv(rows, max(1, 256 // tiles)), 64)) * 64
     parts = triton.cdiv(rows, rows_of_part)
     out = torch.empty(parts, size, size, dtype=torch.float32, device=x.device)
     _launchable(_weight_grad_kernel)[(tiles, parts)](
@@ -230,4 +234,11 @@ def _backward(ctx, grad):
     return grad_x, axis_mix_weight_grad(grad, x, ctx.axis) if needs_weight else None, None
 
 
+def _backward_of_weight_grad(ctx, grad):
+    """Of optimizers of second order: what mixes `grad` and `x` into a weight's gradient is linear in both."""
+    mixed, x = ctx.saved_tensors
+    return axis_mix(x, grad, ctx.axis), axis_mix(mixed, grad.t(), ctx.axis), None
+
+
 axis_mix.register_autograd(_backward, setup_context=_save)
+axis_mix_weight_grad.register_autograd(_backward_of_weight_grad, setup_context=_save)

@@ -52,8 +52,7 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
     check_model_name(config.model)
     if config.fast_norm:
         set_fast_norm()
-    if config.no_kernels:
-        ops.set_kernels(False)
+    ops.set_kernels(False if config.no_kernels else None)
     kwargs = {"num_classes": num_classes, "global_pool": config.gp or None, **kwargs, **config.model_kwargs}
     try:
         args = resolve_model_input_args(
@@ -168,8 +167,9 @@ def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: i
         config.lr = config.lr_base * images_per_update / config.lr_base_size
     device = next(model.parameters()).device
     kwargs = {**optimizer_kwargs(config), **config.opt_kwargs}
-    if config.opt.lower() in ("adam", "adamw") and device.type in ("cpu", "cuda") and "foreach" not in kwargs:
-        kwargs.setdefault("fused", True)  # one pass over the weights
+    if config.opt.lower() in ("adam", "adamw") and device.type in ("cpu", "cuda"):
+        if not {"foreach", "differentiable"} & kwargs.keys():
+            kwargs.setdefault("fused", True)  # one pass over the weights
     groups: nn.Module | list[dict[str, Any]] = model
     if config.transfer_learning:
         groups = _transfer_groups(model, config.weight_decay, config.transfer_ratio)

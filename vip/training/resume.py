@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
@@ -156,7 +157,7 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: Tra
         if opt and opt != config.opt:
             raise UserError(f"{path} was trained with --opt {opt}, not {config.opt}; add --no-resume-opt to change it.")
         try:
-            state.optimizer.load_state_dict(checkpoint["optimizer"])
+            state.optimizer.load_state_dict(_taking_its_own_steps(checkpoint["optimizer"], state.optimizer))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise UserError(f"{path} was trained with other parameter groups ({e}); add --no-resume-opt.") from e
         scaler = state.precision.scaler
@@ -170,6 +171,15 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, config: Tra
     samples = _continue_epoch(state, position, path, config, world_size) if position else 0
     _logger.info(f"Resuming {path} at epoch {state.epoch}" + (f", sample {samples}" if samples else ""))
     return samples
+
+
+def _taking_its_own_steps(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's saved state, without how the saved one computed: a loss scale asks what this one was made for."""
+    groups = saved["param_groups"]
+    if len(groups) == len(optimizer.param_groups):
+        ways = [{way: own[way] for way in ("fused", "foreach") if way in own} for own in optimizer.param_groups]
+        groups = [group | way for group, way in zip(groups, ways, strict=True)]
+    return {**saved, "param_groups": groups}
 
 
 def batches_of(config: TrainConfig, world_size: int) -> dict[str, int]:
