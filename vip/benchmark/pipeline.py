@@ -25,6 +25,7 @@ from vip.data.datasets import create_split
 from vip.data.loaders import create_train_loader
 from vip.errors import UserError
 from vip.training.config import TrainConfig
+from vip.training.runtime import available_cores
 
 INPUT = dict(input_size=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
 CPU = torch.device("cpu")
@@ -135,7 +136,7 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, epochs: int = 3)
             _write_small_images(Path(folder, "data", split), count)
         flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
         flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type}"
-        flags += f" -j {min(8, os.cpu_count() or 1)}"
+        flags += f" -j {min(8, available_cores())}"
         flags += " --amp --amp-dtype bfloat16" if gpu else ""
         root = Path(vip.__file__).parents[1]
         command = [str(root / "distributed_train.sh"), "1", f"{folder}/data", *flags.split(), "--output", folder]

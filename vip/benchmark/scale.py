@@ -1,7 +1,6 @@
 """How a model's time and memory grow, and what trainings take on many devices."""
 
 import dataclasses
-import os
 from statistics import median
 from typing import Any
 
@@ -11,6 +10,7 @@ from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.pipeline import data_path_seconds
 from vip.benchmark.plan import Plan
 from vip.benchmark.runner import run
+from vip.training.runtime import available_cores
 
 MODEL = "vip_s7"
 # learning rate and images of an update, as in the recipes of models/
@@ -44,7 +44,7 @@ def make_plans(config: BenchmarkConfig, device: torch.device) -> list[Plan]:
     config = dataclasses.replace(config, bench="train")
     rows = [row for row in run(config, list(TRAINED), MODEL, device) if "train_images_per_second" in row]
     per_core = 1 / median(data_path_seconds(config.rounds)[0]["fast"])
-    cores = _cores() / (torch.cuda.device_count() if device.type == "cuda" else 1)
+    cores = available_cores() / (torch.cuda.device_count() if device.type == "cuda" else 1)
     return [
         Plan(
             row["model"],
@@ -59,8 +59,3 @@ def make_plans(config: BenchmarkConfig, device: torch.device) -> list[Plan]:
         for devices in (8, 64)
         for row in rows
     ]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from vip.data.check import DataReport, ImageNetReport, SplitReport, check
 from vip.data.inspection import KINDS
 from vip.errors import UserError
 from vip.files import replacing
+from vip.training.runtime import available_cores
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vip check-data", description=__doc__)
     parser.add_argument("data", help="what vip train takes: a folder with train/ and val/, or with tar files of these")
     parser.add_argument("--report", metavar="FILE", help="JSON file to write, with the names of all files found")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     parser.add_argument("--workers", "-j", type=int, metavar="N", default=cores, help="processes (default: the cores)")
     return parser
 

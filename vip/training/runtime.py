@@ -166,6 +166,11 @@ def allow_fast_kernels(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _leave_cores_to_workers(workers: int) -> None:
     """Keep torch's threads off the cores of the loader processes: OpenMP threads that share a core crawl."""
     cores = torch.get_num_threads()
