@@ -124,19 +124,20 @@ def _timm_loader(folder: str) -> Any:
 def epoch_ratios(device: torch.device, config: BenchmarkConfig, epochs: int = 3) -> tuple[list[float], str]:
     """The time of an epoch over that of its steps, in each epoch but the first, and a remark.
 
-    The images are small and not augmented, so that loading them takes no part. On a CPU the model is a small one.
+    The images are of one color, have the size of the model's and are not augmented, so that loading them takes no part.
+    On a CPU the model is a small one.
 
     Raises:
         UserError: If the run fails.
     """
     gpu = device.type == "cuda"
-    model, batch, updates = ("vip_s7", config.batch_size[0], 60) if gpu else ("vip_nano4_32", 32, 40)
+    model, size, batch, updates = ("vip_s7", 224, config.batch_size[0], 60) if gpu else ("vip_nano4_32", 32, 32, 40)
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", batch * updates), ("val", batch)):
-            _write_small_images(Path(folder, "data", split), count)
+            _write_plain_images(Path(folder, "data", split), count, size)
         flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
         flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type}"
-        flags += f" -j {min(8, available_cores())}"
+        flags += f" -j {max(1, available_cores() - 2)}"
         flags += " --amp --amp-dtype bfloat16" if gpu else ""
         root = Path(vip.__file__).parents[1]
         command = [str(root / "distributed_train.sh"), "1", f"{folder}/data", *flags.split(), "--output", folder]
@@ -154,10 +155,10 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, epochs: int = 3)
     return ratios, f"{model}, batch {batch}, {batch / seconds:,.0f} img/s by its steps alone"
 
 
-def _write_small_images(folder: Path, count: int) -> None:
-    """JPEGs of one colour, links to ten files."""
+def _write_plain_images(folder: Path, count: int, size: int) -> None:
+    """JPEGs of one color, links to ten files."""
     for i in range(10):
         (folder / str(i)).mkdir(parents=True)
-        Image.new("RGB", (32, 32), (25 * i, 100, 100)).save(folder / str(i) / "0.jpg")
+        Image.new("RGB", (size, size), (25 * i, 100, 100)).save(folder / str(i) / "0.jpg")
     for i in range(10, count):
         os.link(folder / str(i % 10) / "0.jpg", folder / str(i % 10) / f"{i}.jpg")

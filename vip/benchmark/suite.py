@@ -284,5 +284,5 @@ def data_path_findings(config: BenchmarkConfig, device: torch.device) -> list[Fi
 def epoch_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """An epoch of `distributed_train.sh` against its steps alone."""
     ratios, remark = epoch_ratios(device, config)
-    what = "time of an epoch of distributed_train.sh, against its steps alone, small images"
+    what = "time of an epoch of distributed_train.sh, against its steps alone, plain images"
     return [Finding(what, ratios, 1.03, at_most=True, remark=remark)]
