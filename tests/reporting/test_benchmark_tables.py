@@ -33,7 +33,7 @@ def phase(
 
 
 def row(model: str, size: int | None = 224, batch: int = 32, **values: Any) -> dict[str, Any]:
-    return {"model": model, "img_size": size, "batch_size": batch, **values}
+    return {"model": model, "img_size": size, "batch_size": batch, "width": 1.0, **values}
 
 
 COUNTS = {"params_m": 25.06, "gmacs": 6.914, "activations_m": 45.25}

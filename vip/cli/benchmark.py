@@ -19,6 +19,7 @@ from vip.errors import UserError
 from vip.reporting.benchmarks import (
     csv_table,
     draw_benchmark,
+    draw_growth,
     findings_table,
     json_table,
     markdown_table,
@@ -105,7 +106,7 @@ def _scale(config: BenchmarkConfig, device: torch.device, folder: Path) -> tuple
     texts, failed = [], False
     for grows, rows in growth_rows(config, device).items():
         texts.append(f"Growth with `{grows}`:\n\n{markdown_table(rows, {}, rows[0]['model'], config.setting).rstrip()}")
-        draw_benchmark(rows, folder)
+        draw_growth(rows, folder)
         failed |= any(name.endswith("_error") for row in rows for name in row)
     texts.append(f"300 epochs of ImageNet:\n\n{plan_table(make_plans(config, device))}")
     texts.append("; ".join(f"{name} {value}" for name, value in (facts | clocks(device)).items() if value is not None))

@@ -179,6 +179,16 @@ def draw_benchmark(rows: list[Row], folder: Path) -> list[Path]:
         *_draw_accuracy(rows, "inference_images_per_second", "images a second, inference", folder / "top1-throughput"),
         *_draw_accuracy(rows, "params_m", "parameters in millions", folder / "top1-parameters"),
     ]
+    return files + draw_growth(rows, folder)
+
+
+def draw_growth(rows: list[Row], folder: Path) -> list[Path]:
+    """Draw growth with image size, batch size and width, of those that the rows have several of.
+
+    Raises:
+        UserError: As `draw_benchmark`.
+    """
+    files = []
     titles = {"img_size": "image size in pixels", "batch_size": "batch size", "width": "channels, as a factor"}
     for name, title in titles.items():
         if any(len({row[name] for row in own}) > 1 for own in _by(rows, lambda row: row["model"]).values()):
@@ -190,7 +200,7 @@ def _draw_accuracy(rows: list[Row], x: str, title: str, path: Path) -> list[Path
     """Published accuracy over something measured, at the image size it was published for."""
     largest = max(row["batch_size"] for row in rows)
     points = [row for row in rows if _as_published(row) and row["batch_size"] == largest and row.get(x)]
-    if len({row["model"] for row in points}) < 2:
+    if not points:
         return []
     figure, (ax,) = new_figure()
     for own in _by(points, lambda row: row["published_name"].partition("-")[0]).values():
