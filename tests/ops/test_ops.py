@@ -19,6 +19,8 @@ from vip.models.vision_permutator import AxisMix
 
 triton = pytest.importorskip("triton")
 
+# torch 2.6 comes with Triton 3.2, whose compiler takes other arguments, and does not trace kernels without a GPU
+of_today = pytest.mark.skipif(triton.__version__.startswith("3.2."), reason="Triton 3.2")
 SHAPES = {"vip_s7, first stage": (2, 32, 32, 32, 6), "vip_s7": (2, 16, 16, 16, 24), "vip_l7": (2, 16, 16, 16, 32)}
 MATRIX_UNITS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
@@ -169,6 +171,7 @@ def compile_for(capability: int, kernel: Any, args: tuple, kwargs: dict[str, Any
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+@of_today
 @pytest.mark.parametrize("capability", MATRIX_UNITS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_compiled_for_the_matrix_units(
@@ -197,6 +200,7 @@ def test_compiled_for_the_matrix_units(
         assert "STACK:0" in usage and "LOCAL:0" in usage
 
 
+@of_today
 @pytest.mark.parametrize("batch", [2, 3])
 def test_compilers_see_through_them(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile finds a Triton kernel, not a call that it knows nothing of."""
@@ -220,6 +224,7 @@ def test_compilers_see_through_them(batch: int, monkeypatch: pytest.MonkeyPatch)
     assert "triton_kernel_wrapper_functional" in operators and not any("axis_mix" in name for name in operators)
 
 
+@of_today
 def test_export_keeps_them_as_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "use_kernels", lambda x: True)
     model = timm.create_model("vip_nano4_32").eval()
