@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from training_command import Outcome
 
 from vip.benchmark import runner, scale
@@ -22,6 +23,12 @@ def test_a_plan_by_hand() -> None:
     assert plan.sent == 2 * 7 / 8 * 100e6
     assert plan.bandwidth == pytest.approx(175e6 / (0.256 * 2 / 3))
     assert plan.learning_rate(1) == plan.learning_rate(0.5) == 2e-3
+
+
+@pytest.mark.parametrize("name", scale.TRAINED)
+def test_rates_are_those_of_the_recipes(name: str) -> None:
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "models" / name / "recipe.yaml").read_text())
+    assert scale.TRAINED[name] == (recipe["lr"], 8 * recipe["batch_size"])
 
 
 def test_the_slower_of_loader_and_steps_decides() -> None:

@@ -193,7 +193,7 @@ def test_compiled_for_the_matrix_units(
         assert re.search(MATRIX_UNITS[capability], ptx)
         wide = re.findall(r"cp\.async\.c[ag][^\n]*, 0x(\w+), ", ptx)  # bytes that a thread copies at once
         assert wide and set(wide) <= ({"10"} if shape[4] % 8 == 0 else {"4", "10"})
-        assert compiled.metadata.shared <= 99 * 1024  # of an A10, the smallest; two programs fit an A100
+        assert compiled.metadata.shared <= 99 * 1024  # of an A10, the smallest; two programs fit an H100
         (tmp_path / "kernel").write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.check_output([tool, "-res-usage", tmp_path / "kernel"], text=True)

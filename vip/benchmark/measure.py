@@ -156,7 +156,10 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
 
 
 _KINDS = {  # of kernels and operations, by what their names hold
-    "matrix products": ("gemm", "mm", "cutlass", "nvjet", "xmma", "linear", "conv", "mix_kernel", "weight_grad_kernel"),
+    "matrix products": (
+        *("gemm", "mm", "cutlass", "nvjet", "xmma", "mkldnn_linear", "convolution", "conv2d"),
+        *("_mix_kernel", "_weight_grad_kernel"),  # of vip.ops
+    ),
     "copies": ("copy", "clone", "cat", "elementwise_kernel_with_index"),
     "norms, means and softmax": ("norm", "mean", "sum", "softmax", "reduce", "_red_", "_per_"),
     "activations": ("gelu", "relu"),

@@ -20,7 +20,7 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import get_image_size, pil_to_tensor
 
 from vip.data.augmentation import CollateMixup
 from vip.data.fast_ops import accelerate_op, to_pillow
@@ -66,10 +66,13 @@ class FastCrop(RandomResizedCropAndInterpolation):
         mode: InterpolationMode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        crop = img if isinstance(img, torch.Tensor) else pil_to_tensor(img)
         # of an image of a pixel or two timm's crop may be no row or no column
-        top, left = (min(place, size - 1) for place, size in zip((top, left), crop.shape[1:], strict=True))
-        crop = crop[:, top : top + max(height, 1), left : left + max(width, 1)]
+        columns, rows = get_image_size(img)
+        top, left, height, width = min(top, rows - 1), min(left, columns - 1), max(height, 1), max(width, 1)
+        if isinstance(img, torch.Tensor):
+            crop = img[:, top : top + height, left : left + width]
+        else:
+            crop = pil_to_tensor(img.crop((left, top, left + width, top + height)))
         crop = crop[None].contiguous(memory_format=torch.channels_last)  # for which torch has the faster filter
         return F.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
 

@@ -165,7 +165,7 @@ class PermuteMlp(nn.Module):
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 
         # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
-        # sums, as a mean copies what it reads in 16 bits to float32, and its gradient is no view
+        # sums, as a mean on a CPU copies what it reads in 16 bits to float32, and its gradient is no view
         pooled = (h.sum(1) + w.sum(1) + c.sum(1)).mean(1).reshape(B, C) / H
         a = self.reweight(pooled).reshape(B, 1, 1, self.segments, C // self.segments, 3).movedim(-1, 0).softmax(0)
         a_h, a_w, a_c = a.to(c.dtype).unbind(0)  # autocast's softmax is float32, and would make what it weighs so

@@ -1,9 +1,9 @@
 """Kernels for what torch computes with detours, and where they take its place.
 
-They are for NVIDIA GPUs with 16-bit matrix units (compute capability 8.0 and later) and numbers of 16 bits. There a
-matrix product of a mixing layer takes no longer than a copy of its operand, so that the copies around it are most of
-its time. Elsewhere, and without Triton, torch computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the
-environment has it compute everything.
+They are for NVIDIA GPUs with 16-bit matrix units (compute capability 8.0 and later) and numbers of 16 bits. There, by
+the operations and bytes that they take, a matrix product of a mixing layer costs about what a copy of its operand does,
+and torch makes two around it. What the kernels gain has not been measured yet. Elsewhere, and without Triton, torch
+computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the environment has it compute everything.
 """
 
 import os
@@ -21,7 +21,7 @@ _enabled = _BY_DEFAULT
 
 
 def set_kernels(enable: bool | None) -> None:
-    """Use the kernels where they win, or have torch compute everything; None: as the environment says."""
+    """Use the kernels where they are for, or have torch compute everything; None: as the environment says."""
     global _enabled
     _enabled = _BY_DEFAULT if enable is None else enable
 

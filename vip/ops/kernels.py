@@ -1,7 +1,7 @@
 """Triton kernels that mix tokens along an image axis where they lie.
 
 The textbook Permute-MLP gathers the columns (rows) of an image into the rows of a matrix, multiplies, and scatters the
-product back: two copies of the image around a matrix product that takes about as long as either. Here the matrix
+product back: two copies of the image around a matrix product of few operations a byte. Here the matrix
 product reads its operand from where it is, and writes the result to where it belongs. An entry of the matrix with row
 `(b, q, n)` and column `(l, s)` lies at an offset that is a sum of one of the row and one of the column, so that only
 the addresses differ from those of an ordinary matrix product:

@@ -167,9 +167,9 @@ def create_optimizer(config: TrainConfig, model: nn.Module, images_per_update: i
         config.lr = config.lr_base * images_per_update / config.lr_base_size
     device = next(model.parameters()).device
     kwargs = {**optimizer_kwargs(config), **config.opt_kwargs}
-    if config.opt.lower() in ("adam", "adamw") and device.type in ("cpu", "cuda"):
-        if not {"foreach", "differentiable"} & kwargs.keys():
-            kwargs.setdefault("fused", True)  # one pass over the weights
+    chosen = {"fused", "foreach", "differentiable"} & kwargs.keys()
+    if config.opt.lower() in ("adam", "adamw") and device.type in ("cpu", "cuda") and not chosen:
+        kwargs["fused"] = True  # one pass over the weights
     groups: nn.Module | list[dict[str, Any]] = model
     if config.transfer_learning:
         groups = _transfer_groups(model, config.weight_decay, config.transfer_ratio)
