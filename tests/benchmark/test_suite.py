@@ -174,5 +174,5 @@ def test_data_path_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_epoch_ratios() -> None:
-    ratios, remark = pipeline.epoch_ratios(CPU, QUICK, epochs=2)
+    ratios, remark = pipeline.epoch_ratios(CPU, QUICK, "vip_nano4_32", epochs=2)
     assert len(ratios) == 1 and 0.5 < ratios[0] < 10 and "vip_nano4_32" in remark

@@ -1,17 +1,20 @@
 """What surrounds the model: the data path of one core, and an epoch of a run against its steps alone."""
 
+import csv
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
@@ -29,6 +32,17 @@ from vip.training.runtime import available_cores
 
 INPUT = dict(input_size=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_photographs(folder: Path, count: int, width: int = 500, height: int = 375, quality: int = 90) -> int:
@@ -57,18 +71,13 @@ def data_path_seconds(rounds: int, images: int = 128) -> tuple[dict[str, list[fl
     Returns:
         The seconds, and the mean size of the files in bytes.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            size = write_photographs(Path(folder, "train/a"), images) / images
-            loaders = {"timm": _timm_loader(folder), "fast": _fast_loader(folder)}
-            seconds: dict[str, list[float]] = {name: [] for name in loaders}
-            for i in range(rounds + 1):
-                for name, loader in loaders.items():
-                    seconds[name].append(_seconds_an_image(loader, i))
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(1), tempfile.TemporaryDirectory() as folder:
+        size = write_photographs(Path(folder, "train/a"), images) / images
+        loaders = {"timm": _timm_loader(folder), "fast": _fast_loader(folder)}
+        seconds: dict[str, list[float]] = {name: [] for name in loaders}
+        for i in range(rounds + 1):
+            for name, loader in loaders.items():
+                seconds[name].append(_seconds_an_image(loader, i))
     return {name: times[1:] for name, times in seconds.items()}, size  # the first round warms up
 
 
@@ -121,38 +130,55 @@ def _timm_loader(folder: str) -> Any:
     return loader.loader
 
 
-def epoch_ratios(device: torch.device, config: BenchmarkConfig, epochs: int = 3) -> tuple[list[float], str]:
+def epoch_ratios(
+    device: torch.device, config: BenchmarkConfig, model: str = "vip_s7", epochs: int = 3
+) -> tuple[list[float], str]:
     """The time of an epoch over that of its steps, in each epoch but the first, and a remark.
 
     The images are of one color, have the size of the model's and are not augmented, so that loading them takes no part.
-    On a CPU the model is a small one.
+    On a CPU the run has one thread, as `distributed_train.sh` gives a process unless told otherwise, and so have the
+    steps; its loader has the other cores.
 
     Raises:
         UserError: If the run fails.
     """
-    gpu = device.type == "cuda"
-    model, size, batch, updates = ("vip_s7", 224, config.batch_size[0], 60) if gpu else ("vip_nano4_32", 32, 32, 40)
+    gpu, cores = device.type == "cuda", available_cores()
+    batch, updates = (config.batch_size[0], 60) if gpu else (4, 10)
+    flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
+    flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type} "
+    flags += f"-j {max(1, cores - 1)}" + (" --amp --amp-dtype bfloat16" if gpu else "")
+    pretrained_cfg: Any = timm.get_pretrained_cfg(model, allow_unregistered=False)
+    size = pretrained_cfg.input_size[-1]
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", batch * updates), ("val", batch)):
             _write_plain_images(Path(folder, "data", split), count, size)
-        flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
-        flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type}"
-        flags += f" -j {max(1, available_cores() - 2)}"
-        flags += " --amp --amp-dtype bfloat16" if gpu else ""
-        root = Path(vip.__file__).parents[1]
-        command = [str(root / "distributed_train.sh"), "1", f"{folder}/data", *flags.split(), "--output", folder]
-        env = {**os.environ, "PYTHON": sys.executable}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-        if done.returncode:
-            raise UserError(f"distributed_train.sh ended with status {done.returncode}: {done.stderr[-300:]}")
-        rates = [
-            float(rate.replace(",", "")) for rate in re.findall(r"^Epoch \d+: .* ([\d,]+) img/s", done.stderr, re.M)
-        ]
+        rates = _run_epochs(Path(folder, "run"), f"{folder}/data", *flags.split())
     own = dataclasses.replace(config, precision="bfloat16" if gpu else "float32", torchcompile=None)
-    step = prepare(Case(model, None, batch), "train", own, device).step
-    seconds = median(take_turn(step, updates, device) for _ in range(3))
+    with torch_threads(torch.get_num_threads() if gpu else 1):
+        step = prepare(Case(model, None, batch), "train", own, device).step
+        seconds = median(take_turn(step, updates, device) for _ in range(3))
     ratios = [batch / rate / seconds for rate in rates[1:]]
-    return ratios, f"{model}, batch {batch}, {batch / seconds:,.0f} img/s by its steps alone"
+    return ratios, f"{model}, batch {batch}, {batch / seconds:,.1f} img/s by its steps alone"
+
+
+def _run_epochs(folder: Path, *flags: str) -> list[float]:
+    """Images a second in each epoch of a run of one process."""
+    root = Path(vip.__file__).parents[1]
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [
+        str(root / "distributed_train.sh"),
+        "1",
+        *flags,
+        "--output",
+        str(folder.parent),
+        "--experiment",
+        folder.name,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise UserError(f"distributed_train.sh ended with status {done.returncode}: {done.stderr[-300:]}")
+    with open(folder / "speed.csv") as f:
+        return [float(row["train_images_per_second"]) for row in csv.DictReader(f)]
 
 
 def _write_plain_images(folder: Path, count: int, size: int) -> None:

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -52,9 +53,24 @@ def optimize_for_inference(
     model = model.to(_fast_dtype(model) if dtype is None else dtype)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
+    return _compile(model) if compiled else model
+
+
+class _BiasAfter(nn.Linear):
+    """Linear layer whose bias a compiler adds along with what follows, instead of in a pass of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + self.bias
+
+
+def _compile(model: nn.Module) -> Any:
+    weights = list(model.parameters())
+    if all(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights):
+        for layer in model.modules():
+            if type(layer) is nn.Linear and layer.bias is not None:
+                layer.__class__ = _BiasAfter
     # on a GPU, matrix products that end with what follows them are worth the search for them
-    options: dict[str, Any] = {"max_autotune": any(p.is_cuda for p in model.parameters())}
-    return torch.compile(model, options=options) if compiled else model
+    return torch.compile(model, options={"max_autotune": any(p.is_cuda for p in weights)})
 
 
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:

@@ -29,7 +29,7 @@ from vip.data.order import EpochOrder
 from vip.errors import SaveError, UserError
 from vip.files import replacing
 from vip.reporting.logs import log_to_file, setup_logging
-from vip.reporting.progress import ProgressBar
+from vip.reporting.progress import ProgressBar, memory_gb
 from vip.reporting.results import Metrics
 from vip.reporting.summary import Summary
 from vip.token_labels.dataset import TokenLabelDataset, collate_token_labels, open_token_labels
@@ -305,7 +305,7 @@ class Trainer:
         with self.recovery, self._outputs() as outputs, sparing_shared_pages():
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
-                train_metrics, images_per_second = self._train_epoch(epoch, outputs)
+                train_metrics, speed = self._train_epoch(epoch, outputs)
                 metrics = self._evaluate_epoch(epoch, outputs)
                 state.begin_epoch()
                 lr, metric = state.lr, metrics[config.eval_metric]
@@ -318,7 +318,7 @@ class Trainer:
                     state.scheduler.step(epoch + 1, metric)
                 if outputs is not None:
                     with save_errors(config.on_save_error):
-                        outputs.summary.write(epoch, train_metrics, metrics, lr=lr, images_per_second=images_per_second)
+                        outputs.summary.write(epoch, train_metrics, metrics, lr, speed)
                     outputs.saver.save_after_epoch(epoch, metric)
                 if epoch + 1 < self.epochs:
                     self.recovery.leave_if_any_is_told()
@@ -366,7 +366,7 @@ class Trainer:
         quiet = not self.runtime.is_primary
         return ProgressBar(title, batches, self.config.log_interval, self.runtime.device, quiet)
 
-    def _train_epoch(self, epoch: int, outputs: "Outputs | None") -> tuple[dict[str, float], float]:
+    def _train_epoch(self, epoch: int, outputs: "Outputs | None") -> tuple[dict[str, float], dict[str, float]]:
         config = self.config
         order = self.train_loader.sampler
         if isinstance(order, EpochOrder):
@@ -406,7 +406,7 @@ class Trainer:
             _logger.warning(f"{len(skipped)} unreadable training images were replaced: {', '.join(skipped[:5])}")
         if isinstance(self.train_data, TokenLabelDataset) and (alone := self.train_data.files_without_map()):
             _logger.warning(f"{len(alone)} images had no label map but their class alone: {', '.join(alone[:5])}")
-        return metrics, progress.images_per_second
+        return metrics, {"images_per_second": progress.images_per_second, "memory_gb": memory_gb(self.runtime.device)}
 
     def _save_within_epoch(self, outputs: "Outputs | None") -> None:
         if outputs is not None:
