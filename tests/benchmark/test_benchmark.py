@@ -378,6 +378,7 @@ def test_default_folder(
         ("--models vip_nano4_32 --baseline vip_s7", ["--baseline vip_s7", "vip_nano4_32"]),
         ("--baseline vip_ti7", ["--baseline vip_ti7", "vip_s7"]),
         ("--models vip_nano4_32 --torchcompile nosuch", ["--torchcompile nosuch", "inductor"]),
+        ("--models vip_nano4_32 --memory-budget 0.5", ["--memory-budget", "--torchcompile: add it"]),
         ("--models vip_nano4_32 --torchcompile-mode max-autotune", ["--torchcompile-mode", "--torchcompile: add it"]),
         ("--models vip_nano4_32 --opt nosuch", ["nosuch", "--opt"]),
         ("--models vip_nano4_32 --device nosuch", ["'nosuch'", "--device", "cpu"]),

@@ -98,6 +98,12 @@ def test_rows_of_a_gpu(small_models: None) -> None:
     assert "optimized vip_s7 bfloat16 compiled against textbook vip_s7 bfloat16 eager" in findings[0].what
 
 
+def test_rows_of_training(small_models: None) -> None:
+    findings = suite._training(QUICK, CPU)
+    assert len(findings) == 7 and all(finding.ratios and finding.target is None for finding in findings)
+    assert "vip_s7 float32 compiled (memory budget 0.5) against textbook vip_s7 float32 eager" in findings[4].what
+
+
 def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "LAYERS", ((4, 12, 3),))
     used: list[bool] = []

@@ -1,12 +1,17 @@
 """Optimizers against their textbook."""
 
+from types import SimpleNamespace
+
 import pytest
+import timm
 import torch
+from timm.task import ClassificationTask
 from torch import nn
 
+import vip  # noqa: F401  # registers the models
 from vip.errors import UserError
 from vip.training.config import TrainConfig
-from vip.training.factory import create_optimizer
+from vip.training.factory import compile_task, create_optimizer
 from vip.training.resume import _taking_its_own_steps
 
 
@@ -75,3 +80,29 @@ def test_a_resumed_optimizer_steps_as_it_was_made_to(saved: dict, own: dict, sca
     for model, optimizer in ((models[0], first), (models[1], second)):
         step(model, optimizer)
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+@pytest.mark.slow
+def test_memory_budget_is_kept_and_changes_no_gradient() -> None:
+    """By the bytes that autograd holds between the passes, which is what recomputing is to spare."""
+    x, target = torch.randn(32, 3, 32, 32), torch.randn(32, 10)
+    kept, gradients = [], []
+    for budget in (None, 0.3):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        task = ClassificationTask(timm.create_model("vip_nano4_32", num_classes=10), nn.MSELoss(), verbose=False)
+        compile_task(task, SimpleNamespace(torchcompile="inductor", torchcompile_mode=None, memory_budget=budget))
+        held: dict[int, int] = {}
+
+        def hold(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            loss = task(x, target)["loss"]
+        loss.backward()
+        weights = sum(p.nbytes for p in task.parameters())
+        kept.append(sum(held.values()) - weights)
+        gradients.append([p.grad for p in task.parameters()])
+    assert 0 < kept[1] < 0.6 * kept[0]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)

@@ -40,6 +40,9 @@ class SettingConfig(Options):
         None, "compile the models, with this backend", const="inductor", metavar="BACKEND"
     )
     torchcompile_mode: str | None = option(None, "mode of torch.compile, such as max-autotune")
+    memory_budget: float | None = option(
+        None, "share of the activations' memory that a compiled training step may take", low=0, high=1
+    )
     no_kernels: bool = option(False, "let torch compute what this package has GPU kernels for, as VIP_KERNELS=0 does")
     opt: str = option("adamw", "optimizer of the training step: any name timm knows")
     seed: int = option(42, "random seed of weights and images")

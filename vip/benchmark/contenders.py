@@ -21,7 +21,7 @@ from vip.errors import UserError
 from vip.models.inference import optimize_for_inference
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, train_step
-from vip.training.factory import create_criterion, create_model, create_optimizer, resolve_data_config
+from vip.training.factory import compile_task, create_criterion, create_model, create_optimizer, resolve_data_config
 from vip.training.runtime import setup_precision
 
 _logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _training_step(
     target = torch.rand(len(images), model.num_classes, device=images.device).softmax(-1)
     task = ClassificationTask(model, create_criterion(training), device=images.device, verbose=False)
     if config.torchcompile:
-        task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+        compile_task(task, config)
     state = TrainState(task, optimizer, None, setup_precision(training, images.device))
     task.train()
 

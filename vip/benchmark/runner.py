@@ -92,6 +92,8 @@ def check_setting(config: BenchmarkConfig) -> None:
     check_compile_backend(config.torchcompile)
     if config.torchcompile_mode and not config.torchcompile:
         raise UserError("--torchcompile-mode is a mode of --torchcompile: add it.")
+    if config.memory_budget is not None and (config.torchcompile != "inductor" or "train" not in config.phases):
+        raise UserError("--memory-budget is for training with --torchcompile: add it.")
     if "train" in config.phases:
         create_optimizer(TrainConfig(opt=config.opt), torch.nn.Linear(1, 1), 1)
 

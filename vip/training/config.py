@@ -55,6 +55,9 @@ class StartConfig(Options):
         0.01, "with --transfer-learning: learning rate of the backbone over the head's", low=0
     )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    memory_budget: float | None = option(
+        None, "share of the activations' memory that --torchcompile may take: it recomputes the cheapest", low=0, high=1
+    )
 
 
 @dataclass(kw_only=True)

@@ -5,12 +5,14 @@ from typing import Any
 
 import timm
 import torch
+import torch._functorch.config as functorch_config  # where torch has its memory budget
 from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
+from timm.task import TrainingTask
 from torch import nn
 
 from vip import ops
@@ -135,6 +137,21 @@ def check_compile_backend(name: str | None) -> None:
     known = torch._dynamo.list_backends(exclude_tags=())
     if name and name not in known:
         raise UserError(f"--torchcompile {name} is no backend of torch.compile.{nearest(name, known)} Try inductor.")
+
+
+def compile_task(task: TrainingTask, config: Any) -> Any:
+    """Compile the model of a task in place.
+
+    Args:
+        task: The task.
+        config: `torchcompile`, `torchcompile_mode` and `memory_budget`.
+
+    Returns:
+        The compiled model.
+    """
+    # of the process, and read when a model runs for the first time
+    functorch_config.activation_memory_budget = 1.0 if config.memory_budget is None else config.memory_budget
+    return task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
 
 
 def create_criterion(config: TrainConfig) -> nn.Module:

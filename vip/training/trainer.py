@@ -39,6 +39,7 @@ from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, evaluate, train_one_epoch
 from vip.training.factory import (
     check_compile_backend,
+    compile_task,
     create_criterion,
     create_optimizer,
     create_training_model,
@@ -255,7 +256,7 @@ class Trainer:
         self.recovery = RecoveryPoints(config.recovery_interval, config.recovery_minutes, runtime, config.dist_timeout)
         self.eval_model = model
         if config.torchcompile:
-            self.eval_model = task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+            self.eval_model = compile_task(task, config)
         if runtime.distributed:
             device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
             task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)  # spares a copy of them
@@ -513,6 +514,8 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"--decay-rate is {config.decay_rate}, expected at most 1 with --sched {config.sched}.")
     if config.torchscript and config.torchcompile:
         raise UserError("--torchscript does not go with --torchcompile: give one.")
+    if config.memory_budget is not None and config.torchcompile != "inductor":
+        raise UserError("--memory-budget is for --torchcompile inductor: add it, or use --grad-checkpointing.")
     for name in ("scale", "ratio"):
         low, high = getattr(config, name)
         if low > high:
