@@ -1208,6 +1208,28 @@ def test_input_can_be_set_on_the_meta_device():
     assert model(images((288, 160), 1, device="meta", dtype=torch.float32)).shape == (1, 1000)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), *SIZES])
+def test_dynamic_model_computes_what_a_resized_one_does(size):
+    model, resized = nano(dynamic_img_size=True), nano()
+    resized.load_state_dict(model.state_dict())
+    resized.set_input_size(size)
+    before, x = model.pos_embed.clone(), images(size)
+    for got, expected in (
+        ([model(x)], [resized(x)]),
+        (model.forward_dense(x), resized.forward_dense(x)),
+        (model.forward_intermediates(x)[1], resized.forward_intermediates(x)[1]),
+    ):
+        torch.testing.assert_close(list(got), list(expected), rtol=1e-12, atol=0)
+    model(x).square().sum().backward()
+    assert torch.equal(model.pos_embed, before) and model.pos_embed.grad.abs().min() > 0
+    assert not get_model_input_config(model)["fixed_input_size"]
+
+
+def test_dynamic_model_names_the_nearest_sizes_that_work():
+    with pytest.raises(ValueError, match=r"(?i)width 34\b.*\b32 and 36\b"):
+        nano(dynamic_img_size=True)(images((32, 34)))
+
+
 def test_resized_model_is_saved_and_built_again_at_its_size(tmp_path: Path):
     model = nano()
     model.set_input_size((48, 40))

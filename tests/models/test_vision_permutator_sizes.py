@@ -250,6 +250,50 @@ def test_input_can_be_set_on_the_meta_device():
     assert model(torch.empty(1, 3, 280, 168, device="meta")).shape == (1, 1000)
 
 
+# --- dynamic_img_size
+
+
+@pytest.mark.parametrize("size", [(32, 32), *SIZES])
+def test_dynamic_model_computes_what_a_resized_one_does(size):
+    model, resized = nano(dynamic_img_size=True, aux_head=True), nano(aux_head=True)
+    resized.load_state_dict(model.state_dict())
+    resized.set_input_size(size)
+    before, x = {n: p.clone() for n, p in model.named_parameters()}, images(size)
+    for got, expected in (
+        ([model(x)], [resized(x)]),
+        (model.forward_dense(x), resized.forward_dense(x)),
+        (model.forward_intermediates(x)[1], resized.forward_intermediates(x)[1]),
+    ):
+        torch.testing.assert_close(list(got), list(expected), rtol=1e-12, atol=0)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_dynamic_model_passes_the_gradient_through_the_resampling():
+    layer = AxisMix(4, 2, dtype=torch.float64)
+    layer.dynamic = True
+    x = torch.randn(3, 6 * 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)), layer.weight)
+
+
+def test_dynamic_features_take_any_size_that_divides():
+    model = timm.create_model("vip_nano4_32", features_only=True, dynamic_img_size=True).train()
+    for size in SIZES:
+        features = model(torch.randn(1, 3, *size))
+        expected = [(size[0] // r, size[1] // r) for r in model.feature_info.reduction()]
+        assert [tuple(f.shape[2:]) for f in features] == expected
+    with pytest.raises(ValueError, match=r"(?i)width 36\b.*\b32 and 40\b"):  # the patch divides it, the stride does not
+        model(torch.randn(1, 3, 32, 36))
+
+
+def test_dynamic_model_is_built_again_from_what_was_saved(tmp_path: Path):
+    model = nano(dynamic_img_size=True)
+    assert not get_model_input_config(model)["fixed_input_size"]
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
+    x = images((48, 40))
+    torch.testing.assert_close(again(x), model(x), rtol=1e-12, atol=0)
+
+
 # --- resampling
 
 

@@ -58,6 +58,7 @@ class ConvPatchEmbed(nn.Module):
         in_chans: Image channels.
         stem_dim: Channels of the first convolutions.
         embed_dim: Channels of the tokens.
+        strict_img_size: Refuse images of other sizes.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ConvPatchEmbed(nn.Module):
         in_chans: int = 3,
         stem_dim: int = 64,
         embed_dim: int = 384,
+        strict_img_size: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -77,7 +79,7 @@ class ConvPatchEmbed(nn.Module):
                 f"Patch size {patch_size} is odd: the first convolution halves the image, so take an even one."
             )
         self.patch_size = to_2tuple(patch_size)
-        self.strict_img_size = True
+        self.strict_img_size = strict_img_size
         self.set_input_size(img_size)
         conv3x3 = partial(nn.Conv2d, stem_dim, stem_dim, kernel_size=3, padding=1, bias=False, **dd)
         self.conv1 = nn.Conv2d(in_chans, stem_dim, kernel_size=7, stride=2, padding=3, bias=False, **dd)
@@ -99,12 +101,20 @@ class ConvPatchEmbed(nn.Module):
         self.img_size = img_size
         self.grid_size = img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
+    def grid_size_of(self, x: torch.Tensor) -> tuple[int, int]:
+        """Tokens along the height and width of images `[B, C, H, W]`."""
+        if self.strict_img_size:
+            return self.grid_size
+        return x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to tokens `[B, H/16, W/16, embed_dim]`."""
-        _assert(
-            x.shape[2] == self.img_size[0], f"Input height ({x.shape[2]}) doesn't match model ({self.img_size[0]})."
-        )
-        _assert(x.shape[3] == self.img_size[1], f"Input width ({x.shape[3]}) doesn't match model ({self.img_size[1]}).")
+        if self.strict_img_size:
+            height, width = self.img_size
+            _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
+            _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
+        elif not torch.jit.is_scripting():
+            check_img_size(tuple(x.shape[2:]), self.patch_size)
         x = self.act(self.bn1(self.conv1(x)))
         x = self.act(self.bn2(self.conv2(x)))
         x = self.act(self.bn3(self.conv3(x)))
@@ -168,6 +178,8 @@ class LVViT(nn.Module):
         proj_drop_rate: Dropout in the attention projections and the MLPs.
         attn_drop_rate: Dropout of the attention weights.
         drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this rate at the last.
+        dynamic_img_size: Take images of every size that the patches divide, with the position embedding resampled to
+            each in the forward pass, as `set_input_size` does it once; the weights keep `img_size`. Not in TorchScript.
 
     Raises:
         ValueError: If the patches do not divide the image, or the pooling is unknown.
@@ -194,6 +206,7 @@ class LVViT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -205,9 +218,12 @@ class LVViT(nn.Module):
         self.num_prefix_tokens = 1
         self.use_aux_head = aux_head
         self.grad_checkpointing = False
+        self.dynamic_img_size = dynamic_img_size
         self._set_global_pool(global_pool)
 
-        self.patch_embed = ConvPatchEmbed(to_2tuple(img_size), patch_size, in_chans, stem_dim, embed_dim, **dd)
+        self.patch_embed = ConvPatchEmbed(
+            to_2tuple(img_size), patch_size, in_chans, stem_dim, embed_dim, strict_img_size=not dynamic_img_size, **dd
+        )
         num_tokens = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1] + self.num_prefix_tokens
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim, **dd))
@@ -333,6 +349,7 @@ class LVViT(nn.Module):
         """
         assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        H, W = self.patch_embed.grid_size_of(x)
         x = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
             blocks = self.blocks
@@ -349,7 +366,6 @@ class LVViT(nn.Module):
         prefix_tokens = [y[:, : self.num_prefix_tokens] for y in taken]
         intermediates = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
-            H, W = self.patch_embed.grid_size
             intermediates = [y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
         if not torch.jit.is_scripting() and return_prefix_tokens:  # TorchScript has no list of pairs or tensors
             intermediates = list(zip(intermediates, prefix_tokens, strict=True))
@@ -385,8 +401,15 @@ class LVViT(nn.Module):
         x = self.patch_embed(x)
         if mix is not None:
             x = mix_tokens(x, mix)
+        grid_size = x.shape[1], x.shape[2]
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
-        return self.pos_drop(x + self.pos_embed)
+        pos_embed = self.pos_embed
+        if not torch.jit.is_scripting():  # TorchScript cannot resample
+            if self.dynamic_img_size and grid_size != self.patch_embed.grid_size:
+                pos_embed = resample_abs_pos_embed(
+                    pos_embed, grid_size, self.patch_embed.grid_size, self.num_prefix_tokens
+                )
+        return self.pos_drop(x + pos_embed)
 
     def _forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -436,8 +459,8 @@ class LVViT(nn.Module):
         """
         if self.aux_head is None:
             raise ValueError("This model has no auxiliary head: create it with aux_head=True and num_classes > 0.")
+        H, W = self.patch_embed.grid_size_of(x)
         x = self._forward_blocks(self._embed(x, mix))
-        H, W = self.patch_embed.grid_size
         aux = self.aux_head(self.head_drop(x[:, 1:])).reshape(x.shape[0], H, W, -1)
         return self.head(self.head_drop(self._pool(x))), aux if mix is None else mix_tokens(aux, mix)
 

@@ -4,7 +4,8 @@ Paper: `Vision Permutator: A Permutable MLP-Like Architecture for Visual Recogni
 
 Tokens are mixed along the height, the width and the channels by three linear branches whose outputs are combined
 with a softmax weighting. The branch layers know the length of the axis they mix, so a model is built for one
-image size, square or not; `VisionPermutator.set_input_size` and every checkpoint load resample them to another.
+image size, square or not; `VisionPermutator.set_input_size` and every checkpoint load resample them to another, and
+with `dynamic_img_size` every forward pass does.
 
 @article{hou2021vision,
   title={Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition},
@@ -63,7 +64,7 @@ class AxisMix(nn.Linear):
     """Linear layer that mixes the tokens along one image axis, `segment_dim` channels at a time.
 
     Its `[length * segment_dim, length * segment_dim]` weight is resampled when the axis changes length, also when
-    a checkpoint of another resolution is loaded.
+    a checkpoint of another resolution is loaded, and where `dynamic` is set for every axis of another length.
 
     Args:
         length: Tokens along the axis.
@@ -73,6 +74,7 @@ class AxisMix(nn.Linear):
     def __init__(self, length: int, segment_dim: int, device=None, dtype=None) -> None:
         super().__init__(length * segment_dim, length * segment_dim, bias=False, device=device, dtype=dtype)
         self.segment_dim = segment_dim
+        self.dynamic = False
 
     def resample(self, weight: torch.Tensor, length: int) -> torch.Tensor:
         """Resample a mixing matrix to an axis of `length` tokens.
@@ -88,15 +90,27 @@ class AxisMix(nn.Linear):
             `[length * S, length * S]`, in the type of `weight`.
         """
         dim, old = self.segment_dim, weight.shape[0] // self.segment_dim
-        device = weight.device if weight.is_meta else torch.device("cpu")  # not every device knows float64
+        known = weight.device.type in ("cpu", "cuda", "meta")  # not every device knows float64
+        device = weight.device if known else torch.device("cpu")
         up, down = (_resize_matrix(*sizes).to(device) for sizes in ((old, length), (length, old)))
         mixing = torch.einsum("ih,hsgt,gj->isjt", up, weight.to(device).double().view(old, dim, old, dim), down)
         return mixing.reshape(length * dim, length * dim).to(weight)
 
+    def weight_for(self, size: int) -> torch.Tensor:
+        """The weight for lines of `size` values, tokens times `segment_dim`."""
+        if not torch.jit.is_scripting():  # TorchScript cannot resample
+            if self.dynamic and size != self.weight.shape[0]:
+                return self.resample(self.weight, size // self.segment_dim)
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix lines `[..., H * S]`."""
+        return F.linear(x, self.weight_for(x.shape[-1]))
+
     def mix(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Mix `[B, H, W, N, S]`, N segments of S channels, along its height (axis 1) or width (axis 2)."""
         if not torch.jit.is_scripting() and ops.use_kernels(x):
-            return ops.axis_mix(x, self.weight, axis)
+            return ops.axis_mix(x, self.weight_for(x.shape[axis] * x.shape[4]), axis)
         lines = x.movedim(axis, 3)  # [B, W, N, H, S] or [B, H, N, W, S]
         mixed = self(lines.flatten(3)).reshape(lines.shape).movedim(3, axis)
         return mixed if torch.compiler.is_compiling() else mixed.contiguous()  # compilers read it where it lies
@@ -255,6 +269,9 @@ class VisionPermutator(nn.Module):
         proj_drop_rate: Dropout in the Permute-MLP projections and the channel MLPs.
         drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this rate at the last.
         aux_head: Make an auxiliary head over the tokens, for `forward_dense`; `forward` does not use it.
+        dynamic_img_size: Take images of every size that the patches and strides divide, with mixing matrices resampled
+            to each in the forward pass, as `set_input_size` does it once; the weights keep `img_size`. Not in
+            TorchScript.
 
     Raises:
         ValueError: If the image size does not fit the patches and strides, or the segments do not divide the channels.
@@ -280,6 +297,7 @@ class VisionPermutator(nn.Module):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         aux_head: bool = False,
+        dynamic_img_size: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -294,12 +312,14 @@ class VisionPermutator(nn.Module):
         self.in_chans = in_chans
         self.num_features = embed_dims[-1]
         self.grad_checkpointing = False
+        self.dynamic_img_size = dynamic_img_size
         self.stride = prod(2 if t else 1 for t in transitions)
 
         patch_hw: tuple[int, int] = to_2tuple(patch_size)
         _check_img_size(to_2tuple(img_size), patch_hw, self.stride)
         patch_embed: Any = PatchEmbed  # its hints know square patches only
-        self.patch_embed = patch_embed(img_size, patch_hw, in_chans, embed_dims[0], output_fmt="NHWC", **dd)
+        strict = dict(strict_img_size=not dynamic_img_size, output_fmt="NHWC")
+        self.patch_embed = patch_embed(img_size, patch_hw, in_chans, embed_dims[0], **strict, **dd)
 
         drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(layers)))
         network: list[nn.Module] = []
@@ -326,6 +346,9 @@ class VisionPermutator(nn.Module):
             self.stage_ends.append(len(network) - 1)
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"network.{len(network) - 1}"))
         self.network = nn.ModuleList(network)
+        for module in self.network.modules():
+            if isinstance(module, AxisMix):
+                module.dynamic = dynamic_img_size
 
         self.norm = norm_layer(self.num_features, **dd)
         self.global_pool = _create_pool(global_pool)
@@ -440,7 +463,7 @@ class VisionPermutator(nn.Module):
         take_indices = [self.stage_ends[i] for i in take_indices]
         last = len(self.network) - 1
 
-        x = self.patch_embed(x)
+        x = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a ModuleList
             network = self.network
         else:
@@ -492,7 +515,12 @@ class VisionPermutator(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to normalized tokens `[B, H', W', num_features]`."""
-        return self._forward_stages(self.patch_embed(x))
+        return self._forward_stages(self._embed(x))
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dynamic_img_size and not torch.jit.is_scripting():
+            _check_img_size(tuple(x.shape[-2:]), self.patch_embed.patch_size, self.stride)
+        return self.patch_embed(x)
 
     def _forward_stages(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self.network:
@@ -527,7 +555,7 @@ class VisionPermutator(nn.Module):
         """
         if self.aux_head is None:
             raise ValueError("This model has no auxiliary head: create it with aux_head=True and num_classes > 0.")
-        x = self.patch_embed(x)
+        x = self._embed(x)
         x = self._forward_stages(x if mix is None else mix_tokens(x, mix))
         aux = self.aux_head(self.head_drop(x))
         return self.forward_head(x), aux if mix is None else mix_tokens(aux, mix)
@@ -547,7 +575,6 @@ def _create_vip(variant: str, pretrained: bool = False, **kwargs: Any) -> Vision
 
 _cfg = partial(
     imagenet_cfg,
-    pool_size=(16, 16),
     first_conv="patch_embed.proj",
     paper_ids="arXiv:2106.12368",
     paper_name="Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition",
@@ -560,7 +587,7 @@ default_cfgs = generate_default_cfgs(
         "vip_m7.untrained": _cfg(),
         "vip_l7.untrained": _cfg(crop_pct=0.875),
         "vip_ti7.untrained": _cfg(),
-        "vip_nano4_32.untrained": _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
+        "vip_nano4_32.untrained": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
     }
 )
 
