@@ -167,7 +167,15 @@ def test_evaluation_averages_an_image_and_its_mirror_image():
     x = torch.randn(4, 3, 8, 8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     seen: list[torch.Tensor] = []
-    evaluate(model, [(x, torch.zeros(4, dtype=torch.long))], CPU, FLOAT32, Silent(), tta=2, on_output=seen.append)
+    evaluate(
+        model,
+        [(x, torch.zeros(4, dtype=torch.long))],
+        CPU,
+        FLOAT32,
+        Silent(),
+        tta=2,
+        on_output=lambda o, _: seen.append(o),
+    )
     torch.testing.assert_close(seen[0], (model(x) + model(x.flip(-1))) / 2)
 
 

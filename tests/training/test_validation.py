@@ -58,7 +58,9 @@ def test_counts_agree_with_sklearn(colours: Path, run: Path, validate, monkeypat
     outputs: list[torch.Tensor] = []
     original = validation.evaluate
     monkeypatch.setattr(
-        validation, "evaluate", lambda *a, **k: original(*a, **{**k, "on_output": lambda o: outputs.append(o.clone())})
+        validation,
+        "evaluate",
+        lambda *a, **k: original(*a, **{**k, "on_output": lambda o, _: outputs.append(o.clone())}),
     )
     _, result, _ = validate(colours, "--checkpoint", run, "-b", 4)
     target = [CLASSES.index(p.parent.name) for p in sorted((colours / "val").rglob("*.png"), key=_natural)]

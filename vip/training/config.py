@@ -8,6 +8,8 @@ from vip.data.config import AugmentationConfig, DatasetConfig, InputConfig, Load
 from vip.options import Options, option
 from vip.token_labels.config import PUBLISHED_DEFAULTS, TokenLabelConfig
 
+TEST_SETS = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real")
+
 
 @dataclass(kw_only=True)
 class ModelConfig(Options):
@@ -43,6 +45,9 @@ class StartConfig(Options):
 
     initial_checkpoint: str = option("", "load these weights, which must fit the model exactly", metavar="PATH")
     finetune: str = option("", "load these weights; the head and the image size may differ", metavar="PATH")
+    freeze: list[str] = option(
+        [], "parts that stay as they are: names such as network.0, or backbone for all but the head", metavar="PART"
+    )
     resume: str = option(
         "", "continue this checkpoint's run; auto: of --experiment", "-r", const="auto", metavar="PATH"
     )
@@ -57,6 +62,27 @@ class StartConfig(Options):
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     memory_budget: float | None = option(
         None, "share of the activations' memory that --torchcompile may take: it recomputes the cheapest", low=0, high=1
+    )
+
+
+DISTILLATIONS = ("logit", "feature", "token")
+
+
+@dataclass(kw_only=True)
+class DistillationConfig(Options):
+    """Distillation."""
+
+    teacher: str = option(
+        "",
+        "model to learn from, too: a checkpoint, a run's folder, or a name timm has weights for",
+        metavar="PATH|NAME",
+    )
+    distill_type: str = option(
+        "logit", "what is learned from it; token is for models with a distillation head", choices=DISTILLATIONS
+    )
+    distill_alpha: float = option(0.5, "weight of the teacher in the loss, the labels have the rest", low=0, high=1)
+    distill_temperature: float = option(
+        2.0, "divides both models' logits before they are compared, not of feature", low=0.01, high=1000
     )
 
 
@@ -191,6 +217,7 @@ class TrainConfig(
     ScheduleConfig,
     OptimizerConfig,
     TokenLabelConfig,
+    DistillationConfig,
     RegularizationConfig,
     AugmentationConfig,
     LoaderConfig,
@@ -252,11 +279,15 @@ class ValidateConfig(EvaluationConfig):
     split: str = option("validation", "split to validate on")
     num_samples: int | None = option(None, "images of the split, for streamed data sets", low=1, high=2**63 - 1)
     real_labels: str = option("", "ImageNet ReaL labels, any of which is right", metavar="FILE")
+    test_set: str = option(
+        "", "DATA is this test set of ImageNet models, with its own classes or labels", choices=("", *TEST_SETS)
+    )
     valid_labels: str = option("", "only these class indices can be predicted, one a line", metavar="FILE")
     tta: int = option(0, "test-time augmentation: 2 averages an image and its mirror image", choices=(0, 1, 2))
     test_pool: bool = option(False, "pool at test time when the image is larger than in training, for CNNs")
     num_gpu: int = option(1, "GPUs to spread a batch over", metavar="N", low=1)
     log_freq: int = option(50, "batches between lines in the log", metavar="N", low=1)
+    predictions: str = option("", "write what was predicted of each image, for vip report", metavar="FILE.npz")
     results_file: str = option("", "write the results to this file", metavar="FILE")
     results_format: str = option("", "its format (default: by its ending, else csv)", choices=("", "csv", "json"))
 

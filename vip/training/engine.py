@@ -15,6 +15,7 @@ from vip.data.order import STEP, derive_seed, seed_generators
 from vip.errors import UserError
 from vip.reporting.results import Metrics
 from vip.training.config import TrainConfig
+from vip.training.freezing import hold_frozen
 from vip.training.recovery import RecoveryPoints
 from vip.training.runtime import Precision, Runtime, all_reduce_sum
 
@@ -163,6 +164,7 @@ def train_one_epoch(
         Preempted: If a process was told to leave; the state is saved.
     """
     state.task.train()
+    hold_frozen(state.task)
     losses = LossLog(runtime, state.epoch, state.loss_sum, state.batch)
     batches, accum = state.batch + len(loader), config.grad_accum_steps
     for i, (images, target) in enumerate(loader, state.batch):
@@ -209,7 +211,7 @@ def evaluate(
     channels_last: bool = False,
     tta: int = 0,
     label_subset: torch.Tensor | None = None,
-    on_output: Callable[[torch.Tensor], None] | None = None,
+    on_output: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Metrics:
     """Evaluate a classifier; every image of the loaders of all processes counts once.
@@ -223,7 +225,7 @@ def evaluate(
         channels_last: Memory layout of the images.
         tta: 2 averages the logits of an image and of its mirror image.
         label_subset: Indices of the only logits to keep.
-        on_output: Called with the logits of each batch.
+        on_output: Called with the logits and the classes of each batch.
         stop: Asked before each batch whether to leave out the rest.
     """
     model.eval()
@@ -245,7 +247,7 @@ def evaluate(
         if label_subset is not None:
             output = output[:, label_subset]
         if on_output is not None:
-            on_output(output)
+            on_output(output, target)
         evaluator.update(output, target)
         progress.update(len(images), **(evaluator.summary() if progress.wants_values(i) else {}))
     return gather_metrics(evaluator, runtime)

@@ -6,12 +6,12 @@ import glob
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
 import torch
-from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils import random_seed
 from torch import nn
@@ -21,11 +21,13 @@ from vip.data.datasets import class_to_idx, create_split, unreadable_files
 from vip.data.loaders import create_eval_loader, naming_lost_workers
 from vip.errors import UserError
 from vip.reporting.logs import setup_logging
+from vip.reporting.predictions import Recorder, write_predictions
 from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics, format_result, format_table, result_row, write_results
 from vip.training.config import EvaluationConfig, TrainConfig, ValidateConfig
 from vip.training.engine import evaluate
 from vip.training.factory import check_compile_backend, create_model, resolve_data_config
+from vip.training.labels import check_test_set, create_real_labels, label_subset
 from vip.training.runtime import (
     Precision,
     Runtime,
@@ -91,6 +93,7 @@ def validate_all(config: ValidateConfig, given: set[str]) -> int:
     setup_logging(runtime.is_primary)
     random_seed(config.seed, runtime.rank)
     jobs = _jobs(config)
+    _check(config, len(jobs), runtime)
     rows: list[dict[str, Any]] = []
     for name, job in jobs:
         try:
@@ -108,6 +111,20 @@ def validate_all(config: ValidateConfig, given: set[str]) -> int:
             write_results(config.results_file, config.results_format, rows)
     leave_together(runtime)
     return int(any("error" in row for row in rows))
+
+
+def _check(config: ValidateConfig, jobs: int, runtime: Runtime) -> None:
+    """Refuse flags that do not go together."""
+    for name in ("valid_labels", "real_labels", "class_map"):
+        if config.test_set and getattr(config, name):
+            raise UserError(f"--test-set has labels of its own: leave out --{name.replace('_', '-')}.")
+    if config.predictions and jobs > 1:
+        raise UserError(f"--predictions is for one model, and there are {jobs}: name one.")
+    if config.predictions and runtime.distributed:
+        raise UserError("--predictions needs those of all images in one process; validate without torchrun.")
+    folder = Path(config.predictions).absolute().parent
+    if config.predictions and not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write {config.predictions}: give --predictions a file in a folder that is there.")
 
 
 def _jobs(config: ValidateConfig) -> list[tuple[str, ValidateConfig]]:
@@ -151,11 +168,16 @@ def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[
     param_count = sum(p.numel() for p in model.parameters())
     precision = setup_precision(config, runtime.device)
     model = _prepare(model, config, data_config, runtime, precision)
-    metrics, images_per_second = _run(model, dataset, config, data_config, runtime, precision)
+    recorder = Recorder() if config.predictions else None
+    metrics, images_per_second = _run(model, dataset, config, data_config, runtime, precision, recorder)
     if not math.isfinite(metrics.loss):
         raise UserError(
             f"The loss of {source} is {metrics.loss}, in {precision.description}: leave out --amp or give --amp-dtype "
             "bfloat16, and see --mean and --std, or take another checkpoint."
+        )
+    if recorder is not None:
+        write_predictions(
+            config.predictions, recorder.predictions(_class_names(dataset, config, model), config.model, source)
         )
     return result_row(config.model, source, metrics, param_count, data_config, images_per_second)
 
@@ -246,7 +268,10 @@ def _open_split(config: ValidateConfig, in_chans: int, model: Any, checkpoint: d
         load_bytes=config.tf_preprocessing,
     )
     found = class_to_idx(dataset)
-    if (subset := _label_subset(config.valid_labels)) is not None:
+    if config.test_set:
+        check_test_set(config, dataset, model.num_classes, checkpoint.get("class_to_idx"))
+        return dataset
+    if (subset := label_subset(config)) is not None:
         if len(subset) == 0 or not 0 <= int(subset.min()) <= int(subset.max()) < model.num_classes:
             raise UserError(
                 f"{config.valid_labels} names classes the model has not: it has {model.num_classes}, from 0 on."
@@ -290,6 +315,13 @@ def check_classes(
         raise UserError(f"{config.data} has other classes than the model was trained on, for example {differ!r}.")
 
 
+def _class_names(dataset: Dataset, config: ValidateConfig, model: Any) -> list[str]:
+    """Names of the classes that can be predicted, in their order; their indices where the data set has no names."""
+    names = {index: name for name, index in (class_to_idx(dataset) or {}).items()}
+    subset = label_subset(config)
+    return [names.get(i, str(i)) for i in range(model.num_classes if subset is None else len(subset))]
+
+
 def _prepare(
     model: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime, precision: Precision
 ) -> nn.Module:
@@ -323,10 +355,18 @@ def _run(
     data_config: dict[str, Any],
     runtime: Runtime,
     precision: Precision,
+    recorder: Recorder | None,
 ) -> tuple[Metrics, float]:
     place = runtime.device, runtime.rank, runtime.world_size
     loader = create_eval_loader(dataset, config, data_config, config.batch_size, *place, config.tf_preprocessing)
-    real_labels = _real_labels(config, dataset, runtime)
+    real_labels = create_real_labels(config, dataset, runtime)
+
+    def on_output(output: torch.Tensor, target: torch.Tensor) -> None:
+        if real_labels is not None:
+            real_labels.add_result(output)
+        if recorder is not None:
+            recorder.add(output, target)
+
     batches = len(loader) if hasattr(loader, "__len__") else None
     bar = ProgressBar("Validation", batches, config.log_freq, runtime.device, not runtime.is_primary)
     with naming_lost_workers(runtime.rank, dataset), bar as progress:
@@ -338,12 +378,12 @@ def _run(
             progress,
             channels_last=config.channels_last,
             tta=config.tta,
-            label_subset=_label_subset(config.valid_labels),
-            on_output=None if real_labels is None else real_labels.add_result,
+            label_subset=label_subset(config),
+            on_output=on_output,
         )
     if skipped := unreadable_files(dataset):
         if real_labels is not None:
-            raise UserError(f"--real-labels goes by the order of images, and {skipped[0]} cannot be read; repair it.")
+            raise UserError(f"ReaL labels go by the order of images, and {skipped[0]} cannot be read; repair it.")
         _logger.warning(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}")
     if real_labels is not None:
         metrics = dataclasses.replace(
@@ -355,29 +395,3 @@ def _run(
             correct5=sum(real_labels.is_correct[5]),
         )
     return metrics, progress.images_per_second * runtime.world_size
-
-
-def _label_subset(path: str) -> torch.Tensor | None:
-    if not path:
-        return None
-    try:
-        return torch.tensor([int(line) for line in Path(path).read_text().split()])
-    except (OSError, ValueError) as e:
-        raise UserError(f"--valid-labels {path} is not a file of class indices, one a line: {e}") from e
-
-
-def _real_labels(config: ValidateConfig, dataset: Any, runtime: Runtime) -> RealLabelsImagenet | None:
-    if not config.real_labels:
-        return None
-    if runtime.distributed:
-        raise UserError("--real-labels needs the predictions in one process; validate without torchrun.")
-    names = dataset.filenames(basename=True)
-    try:
-        real_labels = RealLabelsImagenet(names, real_json=config.real_labels)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"--real-labels {config.real_labels} cannot be read: {e}") from e
-    except AssertionError as e:  # timm compares the numbers of labels and images
-        raise UserError(f"--real-labels {config.real_labels} is not for {len(names)} images.") from e
-    if strange := [name for name in names if name not in real_labels.real_labels]:
-        raise UserError(f"--real-labels are for ImageNet's ILSVRC2012_val_00000001.JPEG and so on, not {strange[0]}.")
-    return real_labels
