@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import quick
 from exact_runs import assert_same_run, flags_of, run_until
@@ -33,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "repeats": dict(aug_repeats=3.0, amp=True, amp_dtype="bfloat16", clip_grad=1.0),
     "float16": dict(amp=True, workers=1, checkpoint_hist=1),
     "token labels": dict(token_label=True, token_label_region="image"),
+    "teacher": dict(teacher="of another kind", distill_type="feature", freeze=["patch_embed"]),
 }
 
 
@@ -66,6 +68,10 @@ def way(request: pytest.FixtureRequest, colours: Path, tmp_path_factory: pytest.
     options = {**RANDOM, **WAYS[request.param]}
     if "token_label" in options:
         options["token_label_data"] = str(write_maps(colours / "train", folder / "maps"))
+    if "teacher" in options:
+        options["teacher"] = str(folder / "teacher.pth.tar")
+        model = timm.create_model("test_resnet", num_classes=4)
+        torch.save({"arch": "test_resnet", "state_dict": model.state_dict()}, options["teacher"])
     train(quick(colours, folder, **options))
     return options, folder / "run"
 

@@ -226,10 +226,16 @@ def _load_task(task: TrainingTask, checkpoint: dict[str, Any], path: str, ema: b
     """Load the weights of inference, and those that only training has."""
     weights = state_dict_of(checkpoint, None if ema else False, path)
     aids = checkpoint.get("task_state_ema" if ema and checkpoint.get("state_dict_ema") else "task_state") or {}
-    wanted = getattr(task, "has_training_aid", False)
-    if wanted != bool(aids):
+    projects = bool(task.get_task_state())  # of feature distillation alone
+    if (getattr(task, "has_training_aid", False) or projects) != bool(aids):
+        option = "--distill-type feature" if projects or "projection" in aids else "--token-label"
         raise UserError(
-            f"{path} was trained with{'' if aids else 'out'} --token-label: {'add' if aids else 'leave out'} it to "
+            f"{path} was trained with{'' if aids else 'out'} {option}: {'add' if aids else 'leave out'} it to "
             "continue, or begin a run of your own from its weights with --finetune."
         )
-    load_weights(unwrap_model(task.get_eval_model(ema=ema)), {**weights, **aids}, path)
+    heads = {} if projects else aids
+    load_weights(unwrap_model(task.get_eval_model(ema=ema)), {**weights, **heads}, path)
+    try:
+        task.load_task_state(aids, ema=ema)
+    except (AttributeError, RuntimeError, TypeError) as e:
+        raise UserError(f"{path} was trained with a teacher of other features: continue with that one.") from e

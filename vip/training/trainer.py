@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 from timm.utils import distribute_bn, random_seed
 from torch import nn
 from torch.utils.data import Dataset
@@ -35,7 +35,8 @@ from vip.reporting.summary import Summary
 from vip.token_labels.dataset import TokenLabelDataset, collate_token_labels, open_token_labels
 from vip.token_labels.dense import DenseClassifier
 from vip.token_labels.mixing import DenseMixup
-from vip.training.config import TrainConfig
+from vip.training.config import DistillationConfig, TrainConfig
+from vip.training.distillation import create_distillation, create_teacher
 from vip.training.engine import TrainState, evaluate, train_one_epoch
 from vip.training.factory import (
     check_compile_backend,
@@ -45,6 +46,7 @@ from vip.training.factory import (
     create_training_model,
     resolve_data_config,
 )
+from vip.training.freezing import freeze
 from vip.training.recovery import REQUEUE, Preempted, RecoveryPoints, leaving_at_once
 from vip.training.resume import agree_on_state, batches_of, identity, resume
 from vip.training.runtime import (
@@ -182,11 +184,15 @@ class Trainer:
             path = find_checkpoint(config.initial_checkpoint)
             load_weights(model, state_dict_of(read_checkpoint(path), None, path), path)
         elif finetune:
-            _logger.info(load_finetune(model, find_checkpoint(finetune)))
+            _logger.info(load_finetune(model, find_checkpoint(finetune), self.class_to_idx))
+        freeze(model, config.freeze)
         params = sum(p.numel() for p in model.parameters())
         self.arch = str(model.pretrained_cfg["architecture"])  # type: ignore[index]  # a dictionary
         self.data_config = resolve_data_config(model, config)
         _logger.info(f"{config.model}: {params:,} parameters, input {tuple(self.data_config['input_size'])}")
+        if config.freeze:
+            frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            _logger.info(f"{frozen:,} of them are frozen")
 
         model = model.to(self.runtime.device)
         if config.channels_last:
@@ -234,17 +240,15 @@ class Trainer:
     def _build_state(self, model: nn.Module, dense: DenseClassifier | None) -> None:
         config, runtime = self.config, self.runtime
         images_per_update = config.batch_size * runtime.world_size * config.grad_accum_steps
-        optimizer = create_optimizer(config, model, images_per_update)
+        task = self._create_task(model, dense)
+        # which also learns to project the student's features onto the teacher's
+        learner: Any = task.get_trainable_module() if isinstance(task, FeatureDistillationTask) else model
+        optimizer = create_optimizer(config, learner, images_per_update)
         precision = setup_precision(config, runtime.device)
         if precision.apex_amp is not None:  # patches the model in place
             _, optimizer = precision.apex_amp.initialize(dense or model, optimizer, opt_level="O1")
         _logger.info(f"{runtime.world_size} process(es) on {runtime.device.type}, {precision.description}")
 
-        task: ClassificationTask
-        if dense is not None:
-            task = TokenLabelTask(dense, config, config.smoothing, runtime.device)
-        else:
-            task = ClassificationTask(model, create_criterion(config), device=runtime.device, verbose=False)
         if config.model_ema:
             device = torch.device("cpu") if config.model_ema_force_cpu else None
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
@@ -260,6 +264,15 @@ class Trainer:
         if runtime.distributed:
             device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
             task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)  # spares a copy of them
+
+    def _create_task(self, model: nn.Module, dense: DenseClassifier | None) -> TrainingTask:
+        config, device = self.config, self.runtime.device
+        if dense is not None:
+            return TokenLabelTask(dense, config, config.smoothing, device)
+        if config.teacher and not config.eval_checkpoint:
+            teacher = create_teacher(config, self.train_data, model, self.data_config)
+            return create_distillation(config, model, teacher, create_criterion(config), device)
+        return ClassificationTask(model, create_criterion(config), device=device, verbose=False)
 
     def _resume(self, updates: int) -> None:
         """Go to where the run is to begin or continue, in epochs of so many updates."""
@@ -500,6 +513,7 @@ def _check(config: TrainConfig) -> None:
             raise UserError(
                 f"--{option.replace('_', '-')} does not go with --token-label, which has a loss of its own."
             )
+    _check_distillation(config)
     if config.token_label and config.dense_weight == config.cls_weight == 0:
         raise UserError("--dense-weight and --cls-weight are both 0: nothing would be learned.")
     if config.mixup_active and config.aug_splits > 1:
@@ -525,6 +539,19 @@ def _check(config: TrainConfig) -> None:
     starts = [n for n in ("initial_checkpoint", "finetune") if getattr(config, n)]
     if len(starts) > 1:
         raise UserError("--initial-checkpoint and --finetune both name weights to start from; give one.")
+
+
+def _check_distillation(config: TrainConfig) -> None:
+    for option in ("token_label", "jsd_loss", "aug_splits", "torchscript"):
+        if config.teacher and getattr(config, option):
+            raise UserError(f"--{option.replace('_', '-')} does not go with --teacher: give one of them.")
+    for field in dataclasses.fields(DistillationConfig):
+        if not config.teacher and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')} is for distillation: add --teacher.")
+    if config.distill_type == "feature" and config.distill_temperature != DistillationConfig().distill_temperature:
+        raise UserError("--distill-temperature is of logits, and --distill-type feature compares none: leave it out.")
+    if config.distill_type == "feature" and config.transfer_learning:
+        raise UserError("--distill-type feature does not go with --transfer-learning: use --layer-decay.")
 
 
 def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> tuple[Any, int]:

@@ -251,12 +251,19 @@ def _describe_mismatch(model: nn.Module, state_dict: StateDict, path: str | Path
     return f"The weights in {path} do not fit {name}: {counts or 'some'} of {len(own)} tensors.{example}{advice}"
 
 
-def load_finetune(model: nn.Module, path: str | Path) -> str:
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that classify, as timm's configuration of the model has them."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def load_finetune(model: nn.Module, path: str | Path, class_to_idx: dict[str, int] | None = None) -> str:
     """Load the weights of another task: the head is made anew where its classes differ, other sizes are resampled.
 
     Args:
         model: The model to load into.
         path: A checkpoint; its averaged weights are taken where it has them.
+        class_to_idx: The classes now, None where they have no names: then only their number tells that they differ.
 
     Returns:
         One line on what was kept and what was made anew.
@@ -264,16 +271,22 @@ def load_finetune(model: nn.Module, path: str | Path) -> str:
     Raises:
         UserError: If anything but the head, the image size and the input channels differs.
     """
-    source = state_dict_of(read_checkpoint(path), None, path)
+    checkpoint = read_checkpoint(path)
+    source = state_dict_of(checkpoint, None, path)
     state_dict = dict(source)
+    named = [c for c in (checkpoint.get("class_to_idx"), class_to_idx) if isinstance(c, dict)]
+    classes = [sorted(map(str, c.items())) for c in named]  # as text: a file may hold anything
+    renamed = len(classes) == 2 and [] not in classes and classes[0] != classes[1]
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
     remade = []
-    classifiers = cfg.get("classifier") or ()
-    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+    for classifier in classifier_names(model):
         for key in (f"{classifier}.weight", f"{classifier}.bias"):
             if key in own and (key not in state_dict or state_dict[key].shape != own[key].shape):
                 there = f"{len(state_dict[key])} classes" if key in state_dict else "none"
                 remade.append(f"{key} ({there} there, {len(own[key])} here)")
+                state_dict[key] = own[key]
+            elif key in own and renamed:
+                remade.append(f"{key} (other classes there)")
                 state_dict[key] = own[key]
             elif key not in own:
                 state_dict.pop(key, None)
