@@ -12,6 +12,7 @@ from vip.options import nearest
 COMMANDS = {
     "train": "train a model",
     "validate": "validate checkpoints or models",
+    "predict": "name what is in images",
     "generate-label": "write the label maps of training images, for token labeling",
     "benchmark": "time models side by side, and print the published comparison",
     "report": "compare runs with each other and with a published one",

@@ -72,7 +72,8 @@ def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
     kind, is_list = value_type(annotation)
     text = meta["help"].replace("%", "%%")
     if meta["positional"]:
-        group.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=text, metavar=name.upper())
+        nargs = "*" if is_list else "?"
+        group.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, help=text, metavar=_placeholder(field))
         return
     flag = "--" + name.replace("_", "-")
     options: dict[str, Any] = dict(dest=name, default=argparse.SUPPRESS, help=text)
@@ -95,13 +96,18 @@ def _add_field(group: Any, field: dataclasses.Field, annotation: Any) -> None:
         group.add_argument(flag, *meta["flags"], type=kind, choices=meta["choices"], **options)
 
 
+def _placeholder(field: dataclasses.Field) -> str:
+    return field.metadata["metavar"] or field.name.upper()
+
+
 def build_parser(config_class: type, prog: str, without_effect: Mapping[str, str]) -> argparse.ArgumentParser:
     """Make the parser of an option dataclass, a help group for each of its base classes."""
-    positional = [f"[{f.name.upper()}]" for f in dataclasses.fields(config_class) if f.metadata["positional"]]
-    usage = " ".join([prog, *positional, "[options]"])
+    hints = typing.get_type_hints(config_class)
+    places = [f for f in dataclasses.fields(config_class) if f.metadata["positional"]]
+    named = [f"[{_placeholder(f)}{' ...' * value_type(hints[f.name])[1]}]" for f in places]
+    usage = " ".join([prog, *named, "[options]"])
     parser = Parser(prog=prog, usage=usage, description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe; flags win")
-    hints = typing.get_type_hints(config_class)
     replaced = {flag.partition(" ")[0] for flag in without_effect}
     fields = {f.name: f for f in dataclasses.fields(config_class) if f"--{f.name.replace('_', '-')}" not in replaced}
     for base in reversed(config_class.__mro__):

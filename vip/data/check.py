@@ -142,7 +142,7 @@ class _Split:
         split = {"val": "validation"}.get(name, name)
         self.root = split_folder(data, split)
         if os.path.isdir(self.root):
-            _refuse_loops(self.root)
+            refuse_loops(self.root)
         self.problems: list[str] = []
         try:
             self.images: Any = create_split(DatasetConfig(data=data), split, is_training=False)
@@ -233,15 +233,19 @@ def _files(root: str) -> Iterator[str]:
         yield from (os.path.join(below, name) for name in names)
 
 
-def _refuse_loops(folder: str, above: frozenset[str] = frozenset()) -> None:
-    """Refuse a folder that links to one above it: timm's reader would follow it for ever."""
+def refuse_loops(folder: str, above: frozenset[str] = frozenset()) -> None:
+    """Refuse a folder that links to one above it: timm's reader would follow it for ever.
+
+    Raises:
+        UserError: With the link.
+    """
     real = os.path.realpath(folder)
     if real in above:
         raise UserError(f"{folder} links to a folder that it is in: remove the link.")
     with os.scandir(folder) as entries:
         below = [entry.path for entry in entries if entry.is_dir()]
     for path in below:
-        _refuse_loops(path, above | {real})
+        refuse_loops(path, above | {real})
 
 
 def _is_image(name: str) -> bool:

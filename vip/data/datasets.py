@@ -205,7 +205,7 @@ def create_split(
             download=config.dataset_download,
             input_key=config.input_key or None,
             target_key=config.target_key or None,
-            input_img_mode=_image_mode(config.input_img_mode, in_chans),
+            input_img_mode=image_mode(config.input_img_mode, in_chans),
             **kwargs,
         )
     except _OPEN_ERRORS as e:
@@ -224,8 +224,12 @@ def create_split(
     return dataset
 
 
-def _image_mode(mode: str | None, channels: int) -> str:
-    """The mode of images for a model of so many input channels."""
+def image_mode(mode: str | None, channels: int) -> str:
+    """The mode of images for a model of so many input channels: the one that is asked for, or RGB, or L for one.
+
+    Raises:
+        UserError: If it has another number of channels.
+    """
     mode = mode or ("L" if channels == 1 else "RGB")
     if (found := Image.getmodebands(mode)) != channels:
         raise UserError(

@@ -55,6 +55,7 @@ _FROM_CHECKPOINT = (
     "img_size",
     "input_size",
     "in_chans",
+    "input_img_mode",
     "crop_pct",
     "crop_mode",
     "mean",
@@ -167,7 +168,7 @@ def validate(config: ValidateConfig, given: set[str], runtime: Runtime) -> dict[
     dataset = _open_split(config, data_config["input_size"][0], model, checkpoint)
     param_count = sum(p.numel() for p in model.parameters())
     precision = setup_precision(config, runtime.device)
-    model = _prepare(model, config, data_config, runtime, precision)
+    model = prepare_model(model, config, data_config, runtime, precision)
     recorder = Recorder() if config.predictions else None
     metrics, images_per_second = _run(model, dataset, config, data_config, runtime, precision, recorder)
     if not math.isfinite(metrics.loss):
@@ -322,9 +323,14 @@ def _class_names(dataset: Dataset, config: ValidateConfig, model: Any) -> list[s
     return [names.get(i, str(i)) for i in range(model.num_classes if subset is None else len(subset))]
 
 
-def _prepare(
+def prepare_model(
     model: Any, config: ValidateConfig, data_config: dict[str, Any], runtime: Runtime, precision: Precision
 ) -> nn.Module:
+    """Put a model on its device, in the form in which the configuration lets it run; `data_config` may change.
+
+    Raises:
+        UserError: If the model or the machine cannot be used so.
+    """
     check_compile_backend(config.torchcompile)
     if config.test_pool:
         if getattr(model, "output_fmt", "NCHW") != "NCHW":
