@@ -9,6 +9,7 @@ import pytest
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.runner import choose_models
 from vip.cli.arguments import build_parser, parse
+from vip.prediction.config import PredictConfig
 from vip.training.config import (
     GENERATE_FLAGS_WITHOUT_EFFECT,
     TRAIN_FLAGS_WITHOUT_EFFECT,
@@ -46,6 +47,7 @@ def test_flags_in_documents_exist(path: Path):
         (ValidateConfig, VALIDATE_FLAGS_WITHOUT_EFFECT),
         (GenerateConfig, GENERATE_FLAGS_WITHOUT_EFFECT),
         (BenchmarkConfig, {}),
+        (PredictConfig, {}),
     ):
         known |= set(build_parser(config, "vip", ignored)._option_string_actions)
     for program in (p for folder in ("studies", "vip/cli", "tests/soak") for p in ROOT.glob(f"{folder}/**/*.py")):
