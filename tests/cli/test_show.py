@@ -1,5 +1,6 @@
 """`vip show`: what it writes and prints, and mistakes."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -141,3 +142,15 @@ def test_help(
         command("show", *([what] if what else []), "--help")
     text = capsys.readouterr().out
     assert e.value.code == 0 and "usage: vip show" in text and all(word in text for word in words)
+
+
+def test_names_that_are_no_plain_text(command: Callable[..., Outcome], image_folder: Path, tmp_path: Path) -> None:
+    """Neither mathematics nor what a terminal would obey, whatever folders are called."""
+    for split in ("train", "val"):
+        for source, target in (("blue", "$x^{$"), ("green", "a\nb"), ("red", os.fsdecode(b"\xff"))):
+            shutil.copytree(image_folder / split / source, tmp_path / "$a$ data" / split / target)
+    out = tmp_path / os.fsdecode(b"\xff$")
+    data = tmp_path / "$a$ data"
+    outcome = command("show", "batch", data, *NANO, "--token-label", "--out", out / "a.png")
+    assert outcome == Outcome(0, f"{tmp_path}/\\udcff$/a.png\n", "")
+    assert_picture(out / "a.png")

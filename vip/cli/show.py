@@ -10,7 +10,7 @@ import torch
 from vip.cli.arguments import Parser, parse
 from vip.data.datasets import create_split
 from vip.data.loaders import create_eval_loader
-from vip.errors import UserError
+from vip.errors import UserError, printable
 from vip.options import option
 from vip.prediction.classes import class_names
 from vip.reporting.contact_sheet import draw_contact_sheet
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     what = parser.parse_args(argv[:1]).what
     new_figure()  # what is missing is to be known before anything is read
     for path in actions[what](argv[1:]):
-        print(path)
+        print(printable(str(path)))
 
 
 def _show_batch(argv: list[str]) -> list[Path]:

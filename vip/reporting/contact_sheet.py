@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vip.errors import printable
 from vip.reporting.plots import COLORS, add_title, new_figure
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def draw_contact_sheet(
         ax.set_axis_off()
     for ax, tile, share in zip(axes, tiles, shares, strict=False):
         ax.imshow(tile)
-        ax.set_title(describe_shares(share, names), fontsize=8)
+        ax.set_title(describe_shares(share, names), fontsize=8, parse_math=False)
     add_title(figure, title)
     if colors:
         _add_legend(figure, colors, names)
@@ -122,8 +123,11 @@ def _add_legend(figure: "Figure", colors: dict[int, str], names: Sequence[str]) 
     columns = max(1, min(len(patches), int(figure.get_figwidth() / inches)))
     style = dict(ncols=columns, fontsize=8, title_fontsize=8, title=title, frameon=False)
     figure.set_figheight(figure.get_figheight() + 0.4 + 0.2 * -(-len(patches) // columns))
-    figure.legend(handles=patches, loc="outside lower center", **style)
+    legend = figure.legend(handles=patches, loc="outside lower center", **style)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vip.errors import UserError
+from vip.errors import UserError, printable
 from vip.files import replacing
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def new_figure(columns: int = 1, width: float = 6.4, height: float = 4.0, rows: 
 
 def add_title(figure: "Figure", text: str) -> None:
     """Put a title over a figure, in as many lines as its width needs."""
-    figure.suptitle(textwrap.fill(text, int(12 * figure.get_figwidth())), fontsize=9)
+    lines = textwrap.fill(printable(text), int(12 * figure.get_figwidth()))
+    figure.suptitle(lines, fontsize=9, parse_math=False)  # which a file may be called
 
 
 def save_figure(figure: "Figure", path: str | Path, endings: Sequence[str] = ("png", "svg")) -> list[Path]:
