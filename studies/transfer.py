@@ -1,8 +1,9 @@
-"""What does pre-training give to a small data set? Fine-tuning in several ways against training from scratch.
+"""What do pre-trained weights give to a small data set? As a start to fine-tune in several ways, and as a teacher.
 
 Pre-trains a small Vision Permutator on five classes of CIFAR-10, and trains it on a few images of each of the other
 five, which it has never seen: from scratch, and from those weights by the recipes of models/finetune, in the same
-number of epochs. What is finished is not repeated, so it can be interrupted.
+number of epochs. Then trains it on a few images of the first five, with and without the pre-trained one as a teacher.
+What is finished is not repeated, so it can be interrupted.
 
     python -m studies.transfer CIFAR10 --output output/transfer
 """
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,40 +25,39 @@ from vip.files import replacing
 
 RECIPES = Path(__file__).parents[1] / "models"
 SCRATCH = RECIPES / "vip_nano4_32" / "cifar10.yaml"
-WAYS: dict[str, tuple[Path, int]] = {
+FULL, PARTIAL, HEAD = (RECIPES / "finetune" / f"{name}.yaml" for name in ("full", "partial", "head"))
+TUNED: dict[str, tuple[Path, int]] = {  # recipe and pixels
     "from scratch": (SCRATCH, 32),
-    "all weights, with layer decay": (RECIPES / "finetune" / "full.yaml", 32),
-    "all but the first stage": (RECIPES / "finetune" / "partial.yaml", 32),
-    "the head alone": (RECIPES / "finetune" / "head.yaml", 32),
+    "all weights, with layer decay": (FULL, 32),
+    "all but the first stage": (PARTIAL, 32),
+    "the head alone": (HEAD, 32),
     "from scratch, 48 pixels": (SCRATCH, 48),
-    "all weights, with layer decay, 48 pixels": (RECIPES / "finetune" / "full.yaml", 48),
+    "all weights, with layer decay, 48 pixels": (FULL, 48),
 }
+TAUGHT = ("labels alone", "labels and a teacher")
 WATCHED = 20  # test images of a class that are validated on after each epoch; the result is of all of them
 
 
 def main() -> None:
-    """Run what is not there yet and print the table."""
+    """Run what is not there yet and print the tables."""
     args = _arguments()
     output = Path(args.output)
     classes = sorted(os.listdir(Path(args.data, "train")))
     known, new = classes[: len(classes) // 2], classes[len(classes) // 2 :]
-    link_images(args.data, output / "data-known", known, None, 0)
-    pretrained = output / "pretrained"
-    train(args, output / "data-known", pretrained, 0, "--config", SCRATCH, "--epochs", args.pretrain_epochs)
+    data, pretrained = output / "data-known", output / "pretrained"
+    link_images(args.data, data, known, None, 0)
+    train(args, data, pretrained, 0, "--config", SCRATCH, "--epochs", args.pretrain_epochs)
+    print(f"Pre-trained: top-1 {validate(args, data / 'test', pretrained)['top1']:.2f}")
     rows = []
     for seed in args.seeds:
         for images in args.images:
-            data = output / f"data-{images}-{seed}"
-            link_images(args.data, data, new, images, seed)
-            for way, (recipe, size) in WAYS.items():
-                run = output / f"{way.replace(', ', '-').replace(' ', '_')}-{images}-{seed}"
-                start = () if recipe == SCRATCH else ("--finetune", pretrained / "last.pth.tar")
-                flags = ("--config", recipe, *start, "--img-size", size, "--epochs", args.epochs, "--batch-size", 32)
-                train(args, data, run, seed, *flags)
-                result = validate(args, data / "test", run)
-                rows.append({"images_a_class": images, "way": way, "pixels": size, "seed": seed, **result})
+            link_images(args.data, output / f"data-{images}-{seed}", new, images, seed)
+            link_images(args.data, output / f"data-known-{images}-{seed}", known, images, seed)
+            for way in (*TUNED, *TAUGHT):
+                row = {"images_a_class": images, "way": way, "seed": seed}
+                rows.append(row | train_and_test(args, way, images, seed, pretrained / "last.pth.tar"))
                 write_csv(rows, output / "results.csv")
-    print(table(rows))
+    print(table(rows, TUNED), table(rows, TAUGHT), sep="\n\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -69,6 +70,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", default="output/transfer")
     return parser.parse_args()
+
+
+def train_and_test(args: argparse.Namespace, way: str, images: int, seed: int, pretrained: Path) -> dict[str, Any]:
+    """Train in one way and return the result."""
+    recipe, size = TUNED.get(way, (SCRATCH, 32))
+    start: tuple[Any, ...] = () if recipe == SCRATCH else ("--finetune", pretrained)
+    if way == TAUGHT[1]:
+        start = ("--teacher", pretrained)
+    data = pretrained.parents[1] / f"data-{'known-' if way in TAUGHT else ''}{images}-{seed}"
+    run = data.parent / f"{way.replace(', ', '-').replace(' ', '_')}-{images}-{seed}"
+    flags = ("--config", recipe, *start, "--img-size", size, "--epochs", args.epochs, "--batch-size", 32)
+    train(args, data, run, seed, *flags)
+    return validate(args, data / "test", run)
 
 
 def link_images(source: str | Path, folder: Path, classes: list[str], images: int | None, seed: int) -> None:
@@ -125,16 +139,15 @@ def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
         writer.writerows(rows)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], ways: Iterable[str]) -> str:
     """Top-1 of each way and number of images, in Markdown."""
     counts = sorted({row["images_a_class"] for row in rows})
     lines = [f"| | {' | '.join(f'{count} images a class' for count in counts)} |", f"| :--- |{' ---: |' * len(counts)}"]
-    for way in WAYS:
+    for way in ways:
         cells = []
         for count in counts:
             values = [row["top1"] for row in rows if row["way"] == way and row["images_a_class"] == count]
-            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.2f}{spread}" if values else "")
+            cells.append(f"{mean(values):.2f}{f' ± {stdev(values):.2f}' if len(values) > 1 else ''}")
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
