@@ -1,4 +1,5 @@
-# make demo: install, train a Vision Permutator on real images, validate it.   make test: install, run every test.
+# make demo: install, train a Vision Permutator on real images, validate it, write a page about it.
+# make test: install, run every test.
 # make demo-token-label: a teacher, its label maps, and students with and without them.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -16,7 +17,8 @@ demo: install
 	rm -rf output/train/demo
 	$(PY) -m vip make-digits data/digits
 	$(PY) train.py data/digits --config models/vip_nano4_32/digits.yaml --experiment demo
-	PYTHON=$(PY) bash eval.sh data/digits/val output/train/demo -j 1
+	PYTHON=$(PY) bash eval.sh data/digits/val output/train/demo -j 1 --predictions output/train/demo/predictions.npz
+	$(PY) -m vip report output/train/demo
 
 demo-token-label: install
 	rm -rf output/demo-token-label

@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def make_run(tmp_path: Path) -> MakeRun:
         return folder
 
     return make
+
+
+@pytest.fixture
+def table(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Runs `vip report --table-only`, which writes nothing."""
+    return partial(command, "report", "--table-only")
 
 
 def standing(run: Path):
@@ -89,9 +96,9 @@ def test_another_length_is_compared_at_equal_shares(make_run: MakeRun) -> None:
     assert result.verdict == "on track"
 
 
-def test_text(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
+def test_text(make_run: MakeRun, table: Callable[..., Outcome]) -> None:
     run = make_run([value - 1 for value in PUBLISHED[:100]], batch_size=128, workers=3)
-    outcome = command("report", run, "--against", ZOO / "vip_s7")
+    outcome = table(run, "--against", ZOO / "vip_s7")
     assert outcome.status == 0
     assert f"| {run} | vip_s7 | 100 of 310 | 6.0100 | {PUBLISHED[99] - 1:.3f} |" in outcome.out
     assert f"{run}: behind.\nEpoch 99 of 0 to 309: top-1 {PUBLISHED[99] - 1:.3f} %;" in outcome.out
@@ -103,13 +110,13 @@ def test_text(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
     assert "Unlike the recipe: batch_size 128 (recipe: 256)." in outcome.out
 
 
-def test_several_runs(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
+def test_several_runs(make_run: MakeRun, table: Callable[..., Outcome]) -> None:
     first, second = make_run([10.0, 30.0, 20.0]), make_run([5.0], "other", model="vip_m7", epochs=3, cooldown_epochs=0)
-    out = command("report", first, second).out
+    out = table(first, second).out
     assert f"| {first} | vip_s7 | 3 of 310 | 6.9800 | 20.000 | 30.000 | 1 |" in out
     assert f"| {second} | vip_m7 | 1 of 3 | 7.0000 | 5.000 | 5.000 | 0 |" in out
     assert "track" not in out
-    out = command("report", second, "--against", ZOO / "vip_s7").out
+    out = table(second, "--against", ZOO / "vip_s7").out
     assert "The run trains vip_m7, the published one vip_s7." in out and "Unlike" not in out
     assert "The run is 3 epochs and not 310: compared at equal shares of the schedule." in out
 
@@ -133,10 +140,10 @@ def test_epochs_are_those_that_the_schedule_has(make_run: MakeRun, sched: str, c
 
 @pytest.mark.parametrize("option", ["epochs", "cooldown_epochs", "warmup_epochs"])
 @pytest.mark.parametrize("value", ["abc", {"a": 1}, [3], -1, 2.5])
-def test_damaged_options(make_run: MakeRun, command: Callable[..., Outcome], option: str, value: object) -> None:
+def test_damaged_options(make_run: MakeRun, table: Callable[..., Outcome], option: str, value: object) -> None:
     run = make_run([1.0, 2.0], warmup_prefix=True, **{option: value})
     for argv in ([run], [run, "--against", ZOO / "vip_s7"]):
-        message = command("report", *argv).error("vip report")
+        message = table(*argv).error("vip report")
         assert f"{option} in the options beside {run / 'summary.csv'} is {value!r}" in message
 
 
@@ -151,44 +158,42 @@ def test_damaged_options(make_run: MakeRun, command: Callable[..., Outcome], opt
     ],
 )
 def test_extrapolation(
-    make_run: MakeRun, command: Callable[..., Outcome], points: float, changes: dict[str, int], end: str | None
+    make_run: MakeRun, table: Callable[..., Outcome], points: float, changes: dict[str, int], end: str | None
 ) -> None:
     run = make_run([value + points for value in PUBLISHED[:60]], **changes)
-    out = command("report", run, "--against", ZOO / "vip_s7").out
+    out = table(run, "--against", ZOO / "vip_s7").out
     assert f"If the difference stays, it ends at {end}." in out if end else "If the difference" not in out
 
 
-def test_without_options(make_run: MakeRun, command: Callable[..., Outcome]) -> None:
+def test_without_options(make_run: MakeRun, table: Callable[..., Outcome]) -> None:
     """Of a log alone, the schedule is taken for the published one, and nothing is said of a recipe."""
     run = make_run(PUBLISHED[:60])
     (run / "args.yaml").unlink()
     result = standing(run)
     assert (result.published_epoch, result.difference, result.verdict) == (59, 0, "on track")
-    out = command("report", run, "--against", ZOO / "vip_s7").out
+    out = table(run, "--against", ZOO / "vip_s7").out
     assert "No options are beside it: taken to have the published 310 epochs." in out
     assert "equal shares" not in out and "recipe" not in out and "do not compare" not in out
-    out = command("report", make_run(PUBLISHED[:60], "other"), "--against", ZOO / "vip_s7").out
+    out = table(make_run(PUBLISHED[:60], "other"), "--against", ZOO / "vip_s7").out
     assert "No options" not in out
 
 
 @pytest.mark.parametrize("split", ["train", "training", None])
-def test_other_classes(make_run: MakeRun, command: Callable[..., Outcome], tmp_path: Path, split: str | None) -> None:
+def test_other_classes(make_run: MakeRun, table: Callable[..., Outcome], tmp_path: Path, split: str | None) -> None:
     """Their number is that of the options, or else of the folders that the run was trained on."""
     for i in range(7 if split else 0):
         (tmp_path / "data" / str(split) / f"class{i}").mkdir(parents=True)
     options = {"data": str(tmp_path / "data")} if split else {"num_classes": 7}
-    out = command("report", make_run([1.0], **options), "--against", ZOO / "vip_s7").out
+    out = table(make_run([1.0], **options), "--against", ZOO / "vip_s7").out
     assert "The run has 7 classes, the published one the 1000 of ImageNet: they do not compare." in out
     for i, options in enumerate([{"num_classes": 1000}, {"data": str(tmp_path / "gone")}, {}]):
-        out = command("report", make_run([1.0], f"other{i}", **options), "--against", ZOO / "vip_s7").out
+        out = table(make_run([1.0], f"other{i}", **options), "--against", ZOO / "vip_s7").out
         assert "do not compare" not in out
 
 
 @pytest.mark.parametrize("model", ["vip_s7", "vip_m7", "vip_l7"])
-def test_every_published_log_can_be_held_against(
-    make_run: MakeRun, command: Callable[..., Outcome], model: str
-) -> None:
-    outcome = command("report", ZOO / model, "--against", ZOO / model)
+def test_every_published_log_can_be_held_against(make_run: MakeRun, table: Callable[..., Outcome], model: str) -> None:
+    outcome = table(ZOO / model, "--against", ZOO / model)
     assert outcome.status == 0 and f"{ZOO / model}: on track." in outcome.out
     assert "Unlike" not in outcome.out and "If the difference" not in outcome.out
 
@@ -208,17 +213,17 @@ def test_every_published_log_can_be_held_against(
         ("\udcff", "Cannot read"),
     ],
 )
-def test_damaged_logs(tmp_path: Path, content: str, said: str, command: Callable[..., Outcome]) -> None:
+def test_damaged_logs(tmp_path: Path, content: str, said: str, table: Callable[..., Outcome]) -> None:
     (tmp_path / "summary.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
-    message = command("report", tmp_path).error("vip report")
+    message = table(tmp_path).error("vip report")
     assert said in message and str(tmp_path) in message
 
 
-def test_no_log(tmp_path: Path, command: Callable[..., Outcome], make_run: MakeRun) -> None:
-    assert "does not exist" in command("report", tmp_path / "nowhere").error("vip report")
-    assert "does not exist" in command("report", tmp_path / ("a" * 300)).error("vip report")
-    assert "neither the summary.csv" in command("report", tmp_path).error("vip report")
-    message = command("report", make_run([1.0]), "--against", ZOO / "vip_s14").error("vip report")
+def test_no_log(tmp_path: Path, table: Callable[..., Outcome], make_run: MakeRun) -> None:
+    assert "does not exist" in table(tmp_path / "nowhere").error("vip report")
+    assert "does not exist" in table(tmp_path / ("a" * 300)).error("vip report")
+    assert "neither the summary.csv" in table(tmp_path).error("vip report")
+    message = table(make_run([1.0]), "--against", ZOO / "vip_s14").error("vip report")
     assert "vip_s14 holds neither" in message and "models/vip_s7" in message
     with pytest.raises(UserError, match="Cannot read"):
         run = make_run([1.0], "bad")

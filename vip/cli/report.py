@@ -1,23 +1,37 @@
 """`vip report`: what runs have reached, and whether one is on the track of a published one."""
 
 import math
+from pathlib import Path
 
 from vip.cli.arguments import Parser
-from vip.reporting.runs import POINTS, EpochLog, Standing, compare, differing_options, read_run
+from vip.reporting.page import write_report
+from vip.reporting.runs import POINTS, EpochLog, Standing, compare, differing_options, find_published, read_run
 
 
 def main(argv: list[str]) -> None:
-    """Parse the command line and print."""
+    """Parse the command line, print the table, and write the page."""
     parser = Parser(prog="vip report", description=__doc__)
     parser.add_argument("run", nargs="+", help="folder of a run, finished or not")
     parser.add_argument("--against", metavar="MODEL", help="folder with a published log: models/vip_s7")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--output", metavar="FOLDER", help="where to write the page (default: report/ in the first run)")
+    what.add_argument("--table-only", action="store_true", help="print the table and write no page")
     args = parser.parse_args(argv)
     runs = [read_run(path) for path in args.run]
     print(runs_table(runs))
-    if args.against:
-        published = read_run(args.against)
-        for run in runs:
-            print(f"\n{describe(run, published, compare(run, published))}")
+    against = read_run(args.against) if args.against else None
+    standings = []
+    for run in runs:
+        if published := against or find_published(run):
+            standings.append((published, describe(run, published, compare(run, published))))
+    if against:
+        print(*(f"\n{text}" for _, text in standings), sep="\n")
+    if args.table_only:
+        return
+    own = {run.path.absolute() for run in runs}
+    logs = {log.path.absolute(): log for log, _ in standings if log.path.absolute() not in own}
+    folder = Path(args.output) if args.output else runs[0].path.parent / "report"
+    print(f"\n{write_report(runs, list(logs.values()), [text for _, text in standings], folder)}")
 
 
 def runs_table(runs: list[EpochLog]) -> str:
@@ -28,7 +42,7 @@ def runs_table(runs: list[EpochLog]) -> str:
     ]
     for run in runs:
         top1 = run.column("eval_top1")
-        best = max(range(len(top1)), key=top1.__getitem__)
+        best = run.best_epoch
         lines.append(
             f"| {run.path.parent} | {run.options.get('model', '-')} | {len(top1)} of {run.epochs} "
             f"| {run.rows[-1].get('train_loss', math.nan):.4f} | {top1[-1]:.3f} | {top1[best]:.3f} | {best} |"

@@ -1,6 +1,7 @@
 """The per-epoch log of a run, and how it compares with a published one."""
 
 import csv
+import dataclasses
 import math
 import os
 from bisect import bisect_left
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+import vip
 from vip.errors import UserError
 
 WINDOW = 5  # epochs; the published top-1 jumps by 0.1 points from epoch to epoch
@@ -62,8 +64,18 @@ class EpochLog:
             return classes
         data = self.options.get("data") or self.options.get("data_dir")
         folders = [Path(str(data)) / name for name in ("train", "training")] if data else []
-        folder = next((folder for folder in folders if folder.is_dir()), None)
+        folder = next((folder for folder in folders if folder.is_dir() and os.access(folder, os.R_OK)), None)
         return sum(path.is_dir() for path in folder.iterdir()) if folder else None
+
+    @property
+    def best_epoch(self) -> int:
+        """The first epoch of the highest top-1.
+
+        Raises:
+            UserError: As `column`.
+        """
+        top1 = self.column("eval_top1")
+        return max(range(len(top1)), key=top1.__getitem__)
 
     def column(self, name: str) -> list[float]:
         """All values of a column.
@@ -97,8 +109,40 @@ def read_run(path: str | Path) -> EpochLog:
             f"{folder} holds neither the summary.csv of a run that has finished an epoch nor the published_log.csv of "
             "models/vip_s7, models/vip_m7 or models/vip_l7."
         )
+    rows = _read_rows(file)
+    if not rows:
+        raise UserError(f"{file} has no epoch yet.")
+    if [row.get("epoch") for row in rows] != list(range(len(rows))):
+        raise UserError(f"The epochs in {file} are not 0, 1, 2, ...; remove rows that are there twice.")
     options = next((file.parent / n for n in ("args.yaml", "recipe.yaml") if (file.parent / n).is_file()), None)
-    return EpochLog(file, _read_rows(file), _read_options(options) if options else {})
+    return EpochLog(file, rows, _read_options(options) if options else {})
+
+
+def with_speed(run: EpochLog) -> EpochLog:
+    """The run with the columns of its `speed.csv` too, in those epochs that are there.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    file = run.path.with_name("speed.csv")
+    if not file.is_file():  # older runs have none, and resumed ones none of their first epochs
+        return run
+    speed = {row.get("epoch"): row for row in _read_rows(file)}
+    return dataclasses.replace(run, rows=[{**speed.get(row["epoch"], {}), **row} for row in run.rows])
+
+
+def find_published(run: EpochLog) -> EpochLog | None:
+    """The published log of a run's model in a checkout, None if there is none or the run is not of ImageNet's classes.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    model = run.options.get("model")
+    if not isinstance(model, str) or run.classes not in (None, 1000):
+        return None
+    zoo = Path(vip.__file__).parents[1] / "models"
+    file = next((path for path in zoo.glob("*/published_log.csv") if path.parent.name == model), None)
+    return read_run(file) if file else None
 
 
 def _read_rows(file: Path) -> list[dict[str, float]]:
@@ -114,10 +158,6 @@ def _read_rows(file: Path) -> list[dict[str, float]]:
             raise UserError(
                 f"Line {number} of {file} is no row of numbers under its header: {list(row.values())}."
             ) from e
-    if not rows:
-        raise UserError(f"{file} has no epoch yet.")
-    if [row.get("epoch") for row in rows] != list(range(len(rows))):
-        raise UserError(f"The epochs in {file} are not 0, 1, 2, ...; remove rows that are there twice.")
     return rows
 
 
