@@ -29,6 +29,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: If it cannot be written; what was at `path` is untouched then.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing(folder / "notes.txt") as path:
+        ...     _ = path.write_text("whole")
+        ...     (folder / "notes.txt").exists()
+        False
+        >>> (folder / "notes.txt").read_text()
+        'whole'
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")

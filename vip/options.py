@@ -123,6 +123,13 @@ def _expected(number: float, low: float | None, high: float | None) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known names nearest to `name`, empty if none is near."""
+    """A sentence that suggests the known names nearest to `name`, empty if none is near.
+
+    Example:
+        >>> nearest("vip_s8", ["vip_s7", "vip_m7", "resnet50"])
+        ' Did you mean vip_s7 or vip_m7?'
+        >>> nearest("xyz", ["vip_s7"])
+        ''
+    """
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(matches)}?" if matches else ""

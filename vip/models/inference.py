@@ -36,6 +36,16 @@ def optimize_for_inference(
     Returns:
         The copy, in evaluation mode; unless compiled, it can be exported and scripted. Its images have the type of
         its weights.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("vip_nano4_32").eval()
+        >>> images = torch.randn(1, 3, 32, 32)
+        >>> ready = optimize_for_inference(model, dtype=torch.float32)
+        >>> torch.allclose(ready(images), model(images), atol=1e-5)
+        True
+        >>> any("norm2" in name for name, _ in ready.named_parameters())  # they are part of the layers after them
+        False
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(model, VisionPermutator):

@@ -88,6 +88,14 @@ class AxisMix(nn.Linear):
 
         Returns:
             `[length * S, length * S]`, in the type of `weight`.
+
+        Example:
+            >>> mix = AxisMix(length=4, segment_dim=2)
+            >>> larger = mix.resample(torch.ones(8, 8), length=7)
+            >>> larger.shape
+            torch.Size([14, 14])
+            >>> torch.allclose(larger.sum(1), torch.full((14,), 8.0))
+            True
         """
         dim, old = self.segment_dim, weight.shape[0] // self.segment_dim
         known = weight.device.type in ("cpu", "cuda", "meta")  # not every device knows float64

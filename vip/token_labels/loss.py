@@ -45,6 +45,11 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over all leading dimensions, in float32 or better.
 
     Like `timm.loss.SoftTargetCrossEntropy`, but a target of another type is neither negated nor converted as a whole.
+
+    Example:
+        >>> uniform, target = torch.zeros(2, 14, 14, 8), torch.full((2, 14, 14, 8), 1 / 8)
+        >>> cross_entropy(uniform, target)  # log(8)
+        tensor(2.0794)
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return -(target * F.log_softmax(logits, dim=-1, dtype=dtype)).sum(-1).mean()

@@ -212,6 +212,10 @@ def map_key(filename: str) -> str:
 
     Raises:
         UserError: If it does not.
+
+    Example:
+        >>> map_key("train/n01440764/n01440764_10026.JPEG")
+        'n01440764/n01440764_10026'
     """
     path = Path(filename)
     if path.parent.name in ("", ".."):  # as in a tar file of tar files
