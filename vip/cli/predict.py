@@ -63,7 +63,7 @@ def _predict(predictor: Predictor, images: list[str], pictures: dict[str, Path],
 def _writer(path: str, bar: tqdm) -> Iterator[Callable[[str], None]]:
     """Gives a function that writes text to a file, or to standard output where there is no path."""
     if not path:
-        encoding = sys.stdout.encoding  # which may not have a name's bytes, or a class's letters
+        encoding = sys.stdout.encoding or "utf-8"  # which may not have a name's bytes, or a class's letters
         yield lambda text: bar.write(text.encode(encoding, "backslashreplace").decode(encoding), sys.stdout, end="")
         return
     try:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_input_data_config
 from timm.utils.distributed import is_distributed_env
 from torch import nn
 
@@ -80,7 +80,7 @@ class Predictor:
         workers: int = 4,
     ) -> None:
         self.model = model.eval()
-        self.data_config = data_config or resolve_model_data_config(model)
+        self.data_config = data_config or resolve_input_data_config(model, {})
         self.classes = list(classes or class_names(model.num_classes))
         self.forward = forward or model
         self.mode = image_mode(mode, self.data_config["input_size"][0])
