@@ -2,6 +2,7 @@
 
 import csv
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from training_command import Outcome
 
 from vip.errors import UserError
-from vip.reporting.runs import compare, read_run
+from vip.reporting.runs import EpochLog, compare, read_run
 
 ZOO = Path(__file__).parents[2] / "models"
 PUBLISHED = [
@@ -229,3 +230,88 @@ def test_no_log(tmp_path: Path, table: Callable[..., Outcome], make_run: MakeRun
         run = make_run([1.0], "bad")
         (run / "args.yaml").write_text("a: [")
         read_run(run)
+
+
+# --- the page
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Path], list[Path], list[str], Path]]:
+    """What the command would write: paths of runs and of published logs, remarks, and the folder."""
+    calls = []
+
+    def write_report(runs: list[EpochLog], published: list[EpochLog], remarks: list[str], folder: Path) -> Path:
+        calls.append(([run.path for run in runs], [log.path for log in published], remarks, folder))
+        return folder / "report.html"
+
+    monkeypatch.setattr("vip.cli.report.write_report", write_report)
+    return calls
+
+
+def test_the_page_is_named_last(make_run: MakeRun, command: Callable[..., Outcome], tmp_path: Path) -> None:
+    run = make_run([10.0, 30.0, 20.0], model="vip_nano4_32")
+    outcome = command("report", run)
+    page = run / "report" / "report.html"
+    assert outcome.out.splitlines()[-1] == str(page) and outcome.err == "" and outcome.status == 0
+    assert "30.00" in page.read_text() and "dashed." not in page.read_text()
+    assert (run / "report" / "top-1.png").read_bytes().startswith(b"\x89PNG")
+    assert outcome.out.splitlines()[:-2] == command("report", run, "--table-only").out.splitlines()
+
+
+def test_published_logs_are_found(
+    make_run: MakeRun, command: Callable[..., Outcome], tmp_path: Path, written: list
+) -> None:
+    small, other = make_run([1.0, 2.0]), make_run([1.0], "other", model="vip_m7")
+    again, none = make_run([1.0], "again"), make_run([1.0], "none", model="../models/vip_s7")
+    digits = make_run([1.0], "digits", num_classes=10)
+    s7, m7, l7 = (ZOO / model / "published_log.csv" for model in ("vip_s7", "vip_m7", "vip_l7"))
+    for runs, published, count in (
+        ([small, other, again], [s7, m7], 3),
+        ([none, digits], [], 0),
+        ([small, ZOO / "vip_s7"], [], 2),  # it is there already
+        ([small, other, "--against", ZOO / "vip_l7"], [l7], 2),
+    ):
+        outcome = command("report", *runs, "--output", tmp_path / "page")
+        assert outcome.out.endswith(f"\n{tmp_path / 'page' / 'report.html'}\n")
+        _, found, remarks, folder = written.pop()
+        assert (found, folder) == (published, tmp_path / "page")
+        assert all(("--against" in runs) == (remark in outcome.out) for remark in remarks)
+        assert len(remarks) == count
+
+
+def test_without_matplotlib(
+    make_run: MakeRun, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is printed all the same."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = make_run([10.0])
+    outcome = command("report", run)
+    assert "pip install 'vision-permutator[plots]'" in outcome.error("vip report")
+    assert outcome.out == command("report", run, "--table-only").out and "10.000" in outcome.out
+    assert not (run / "report").exists()
+
+
+def test_pages_that_cannot_be_written(make_run: MakeRun, command: Callable[..., Outcome], tmp_path: Path) -> None:
+    run = make_run([10.0])
+    (tmp_path / "file").write_text("a file")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        outcome = command("report", run, "--output", output)
+        assert f"Cannot write to {output}" in outcome.error("vip report") and "--output" in outcome.err
+        assert "| 10.000 |" in outcome.out
+    assert "not allowed with" in command("report", run, "--table-only", "--output", "x").error("vip report")
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.parametrize("file", ["predictions.npz", "speed.csv"])
+def test_damaged_files_beside_a_log(make_run: MakeRun, command: Callable[..., Outcome], file: str) -> None:
+    run = make_run([10.0])
+    (run / file).write_text("epoch,train_memory_gb\n0,much\n")
+    outcome = command("report", run)
+    assert str(run / file) in outcome.error("vip report") and "| 10.000 |" in outcome.out
+    assert command("report", run, "--table-only").status == 0
+    (run / "speed.csv").write_text("")  # what is empty says nothing
+    (run / "predictions.npz").unlink(missing_ok=True)
+    (run / "args.yaml").unlink()
+    assert command("report", run).status == 0

@@ -57,9 +57,9 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("eval_top1", "top-1", "Validation top-1", "%", True),
-    Quantity("eval_loss", "validation-loss", "Validation loss", "loss", True),
-    Quantity("train_loss", "training-loss", "Training loss", "loss", True),
+    Quantity("eval_top1", "top-1", "Validation top-1", "top-1 in %", True),
+    Quantity("eval_loss", "validation-loss", "Validation loss", "validation loss", True),
+    Quantity("train_loss", "training-loss", "Training loss", "training loss", True),
     Quantity("lr", "learning-rate", "Learning rate", "learning rate"),
     Quantity("train_images_per_second", "throughput", "Throughput of training", "images a second"),
     Quantity("train_memory_gb", "memory", "Peak memory of training", "GB"),
@@ -167,8 +167,8 @@ def draw_calibration(found: Calibration, folder: Path, ending: str) -> list[Pict
     def reliability(scheme: str) -> Any:
         figure, (ax,) = new_figure(width=WIDTH, height=HEIGHT)
         ax.bar(edges[:-1], found.accuracy, 1 / BINS, align="edge", color=COLORS[0], edgecolor=_PAPER[scheme])
-        style = dict(color=COLORS[1], marker="o", markersize=4, linestyle="")
-        ax.plot(found.confidence, found.accuracy, **style, label="mean of a bin")
+        style = dict(color=COLORS[1], marker="o", markersize=4, linestyle="", clip_on=False, zorder=3)
+        ax.plot(found.confidence, found.accuracy, **style, label="mean confidence of a bin")
         ax.plot([0, 1], [0, 1], color=_ink("#000000", scheme), linestyle="--", linewidth=1, label="calibrated")
         ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -224,7 +224,7 @@ def _scheme(scheme: str) -> Iterator[None]:
     from matplotlib import style
 
     colors = {f"{name}.facecolor": _PAPER[scheme] for name in ("figure", "axes", "savefig")}
-    base = [] if scheme == "light" else ["dark_background", {"grid.color": "#8a939d"}]
+    base: list[Any] = [] if scheme == "light" else ["dark_background", {"grid.color": "#8a939d"}]
     with style.context([*base, colors]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         yield
