@@ -139,5 +139,5 @@ def draw_branch_weights(names: Iterable[str], weights: torch.Tensor, title: str)
     ax.tick_params(axis="x", rotation=90, labelsize=8)
     add_title(figure, title)
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     return figure
