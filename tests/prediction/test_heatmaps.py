@@ -182,7 +182,12 @@ def test_no_two_files_are_named_alike() -> None:
 
 def test_no_image_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="take the place of an image"):
-        name_pictures([f"{tmp_path}/a.png", f"{tmp_path}/b.png"], tmp_path)
-    with pytest.raises(UserError, match="take the place of an image"):
-        name_pictures([f"{tmp_path}/a.jpg", f"{tmp_path}/a.png"], tmp_path / "link")
+    for images, folder in (
+        (["a.png", "b.png"], tmp_path),
+        (["a.jpg"], tmp_path / "link"),  # there may be an a.png
+        (["a/b.jpg", "c.jpg"], tmp_path / "x" / ".."),
+        (["b.jpg", "a/b.jpg"], tmp_path / "a"),
+    ):
+        with pytest.raises(UserError, match="would lie among the images: name another folder"):
+            name_pictures([f"{tmp_path}/{image}" for image in images], folder)
+    assert name_pictures([f"{tmp_path}/a/b.jpg"], tmp_path)

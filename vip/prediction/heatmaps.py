@@ -106,7 +106,7 @@ def name_pictures(images: Iterable[str], folder: str | Path) -> dict[str, Path]:
     Files that differ in their ending or in case alone are numbered.
 
     Raises:
-        UserError: If it would take the place of an image.
+        UserError: If it would lie among the images, of which it might take the place.
     """
     paths = {image: os.path.abspath(image) for image in images}
     common = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
@@ -119,7 +119,7 @@ def name_pictures(images: Iterable[str], folder: str | Path) -> dict[str, Path]:
             number += 1
             name = f"{stem}-{number}"
         pictures[image] = Path(folder, f"{name}.png")
-    originals = {os.path.realpath(path) for path in paths.values()}
-    if spoilt := [picture for picture in pictures.values() if os.path.realpath(picture) in originals]:
-        raise UserError(f"The heat map {spoilt[0]} would take the place of an image: name another folder.")
+    folders = {os.path.realpath(os.path.dirname(path)) for path in paths.values()}
+    if among := [picture for picture in pictures.values() if os.path.realpath(picture.parent) in folders]:
+        raise UserError(f"The heat map {among[0]} would lie among the images: name another folder.")
     return pictures

@@ -1,5 +1,6 @@
 """A trained model with its preprocessing and the names of its classes."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from vip.training.config import ValidateConfig
 from vip.training.factory import resolve_data_config
 from vip.training.runtime import Precision, setup_precision, setup_runtime
 from vip.training.validation import load_model, prepare_model
+
+_logger = logging.getLogger(__name__)
 
 AnyImage: TypeAlias = str | Path | Image.Image
 _Read: TypeAlias = torch.Tensor | UnreadableImage | OSError
@@ -181,11 +184,13 @@ def load_predictor(checkpoint: str | Path = "", **options: Any) -> Predictor:
     shared = {name: getattr(config, name) for name in names - {"checkpoint"}}
     if not config.checkpoint and "pretrained" not in given:
         shared["pretrained"] = True  # as validation
+    if not (config.checkpoint or shared["pretrained"]):
+        _logger.warning(f"{config.model} has random weights: leave out --no-pretrained, or give a --checkpoint.")
     runtime = setup_runtime(config.device)
     model: Any
     evaluation, model, content, _ = load_model(ValidateConfig(**shared), config.checkpoint, given)
     if not model.num_classes:
-        raise UserError(f"{evaluation.model} has no classes: leave out --num-classes, or take another model.")
+        raise UserError(f"{evaluation.model} has no classes to predict: take another model.")
     data_config = resolve_data_config(model, evaluation)
     precision = setup_precision(evaluation, runtime.device)
     return Predictor(
