@@ -30,6 +30,6 @@ def describe(
         about[name] = list(value) if isinstance(value, tuple) else value
     names: Any = cfg.get("label_names")
     if class_to_idx:
-        by_index = {index: name for name, index in class_to_idx.items()}
+        by_index = {index: name for name, index in class_to_idx.items() if isinstance(index, int)}
         names = [str(by_index.get(index, index)) for index in range(classes)]
     return {**about, **({"label_names": names} if names else {})}

@@ -17,6 +17,7 @@ COMMANDS = {
     "benchmark": "time models side by side, and print the published comparison",
     "show": "draw a batch of training images, or what a model mixes",
     "export": "write a model for ONNX Runtime, AOTInductor, torch.export or TorchScript",
+    "push-to-hub": "publish a checkpoint on the Hugging Face Hub",
     "report": "compare runs with each other and with a published one",
     "label-maps": "convert, check and time label maps",
     "checkpoint": "look into checkpoints, verify, average, strip and convert them",

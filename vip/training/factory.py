@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss
-from timm.models import resolve_model_input_args
+from timm.models import parse_model_name, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
 from timm.task import TrainingTask
 from torch import nn
@@ -35,6 +35,10 @@ _ARGUMENT_ERRORS = (
     SafetensorError,
     TypeError,
     ValueError,
+)
+_HUB_ADVICE = (
+    " It was looked for on the Hugging Face Hub and among what came from there before: look at the name and the "
+    "connection, set HF_HUB_OFFLINE=1 to take what is here without asking, or name a copy: --model local-dir:FOLDER."
 )
 _MODEL_OPTIONS = ("model_kwargs", "gp", "img_size", "input_size", "in_chans", "num_classes", "drop", "drop_block")
 
@@ -69,7 +73,9 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
         reason = _first_line(e)
         given = [name for name in _MODEL_OPTIONS if getattr(config, name, None) not in (None, {})]
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"Cannot create {config.model}: {reason}.{f' It was given {flags}.' if given else ''}") from e
+        said = f" It was given {flags}." if given else ""
+        advice = _HUB_ADVICE if isinstance(e, OSError) and parse_model_name(config.model)[0] == "hf-hub" else ""
+        raise UserError(f"Cannot create {config.model}: {reason}.{said}{advice}") from e
 
 
 def _first_line(error: Exception) -> str:

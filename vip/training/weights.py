@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, parse_model_name
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
@@ -177,13 +177,16 @@ def count_classes(name: str, state_dict: StateDict) -> int | None:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name timm does not know, with the nearest ones it does.
+    """Refuse a name timm does not know, with the nearest ones it does; what is elsewhere is first seen when loaded.
 
     Raises:
-        UserError: If the model is unknown, or its weights after the dot.
+        UserError: If the model is unknown, or its weights after the dot, or the source before the colon.
     """
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return
+    try:
+        if parse_model_name(name)[0]:
+            return
+    except ValueError as e:
+        raise UserError(f"No model is called {name!r}: {e}") from e
     model = name.partition(".")[0]
     if not timm.is_model(model):
         raise UserError(f"No model is called {name!r}.{nearest(name, timm.list_models())}")
