@@ -1,0 +1,1 @@
+"""Vision Permutators in other libraries, as those take timm models. Each runs offline, in seconds, on a CPU."""
