@@ -102,6 +102,14 @@ def test_branch_weights_against_the_formulas(model: nn.Module) -> None:
     torch.testing.assert_close(again, weights, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_without_images(model: nn.Module) -> None:
+    images, nothing = torch.randn(2, 3, 32, 32), torch.empty(0, 3, 32, 32)
+    weights, count = branch_weights(model, [nothing, images, nothing])
+    assert count == 2 and weights.equal(branch_weights(model, [images])[0])
+    with pytest.raises(UserError, match="None of the images can be read"):
+        branch_weights(model, [nothing])
+
+
 def test_nothing_stays_on_the_model(model: nn.Module) -> None:
     branch_weights(model, [torch.randn(1, 3, 32, 32)])
     with pytest.raises(RuntimeError):

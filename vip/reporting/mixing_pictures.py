@@ -55,6 +55,9 @@ def branch_weights(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[t
 
     Returns:
         `[blocks, 3]` for height, width and channel, each row summing to one, and the number of images.
+
+    Raises:
+        UserError: If the model has no Permute-MLPs, or there is no image.
     """
     layers = find_permute_mlps(model).values()
     sums = [torch.zeros(3, dtype=torch.float64) for _ in layers]
@@ -69,11 +72,14 @@ def branch_weights(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[t
     images = 0
     try:
         for batch in batches:
-            model(batch)
-            images += len(batch)
+            if len(batch):  # of which some could be read
+                model(batch)
+                images += len(batch)
     finally:
         for hook in hooks:
             hook.remove()
+    if not images:
+        raise UserError("None of the images can be read: take others, or more of them.")
     return torch.stack(sums) / images, images
 
 
