@@ -84,16 +84,7 @@ def create_teacher(config: TrainConfig, data: Dataset, student: Any, data_config
     in_common = {"fast_norm", "no_kernels"}  # of the process, and the student decides
     found, model, checkpoint, source = load_model(found, "" if name else config.teacher, in_common)
     own = resolve_data_config(model, found)
-    channels, own_channels = data_config["input_size"][0], own["input_size"][0]
-    for what, theirs, ours in (
-        ("classes", model.num_classes, student.num_classes),
-        ("channels", own_channels, channels),
-    ):
-        if theirs != ours:
-            raise UserError(
-                f"The teacher {source} has {theirs} {what}, and the student {ours}: take a teacher that was trained on "
-                "this data, or fine-tune it first."
-            )
+    _check_match(model, own, student, data_config, source)
     try:
         check_classes(data, found, model, checkpoint)
     except UserError as e:
@@ -101,6 +92,19 @@ def create_teacher(config: TrainConfig, data: Dataset, student: Any, data_config
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Teacher(model, own, data_config)
+
+
+def _check_match(model: Any, own: dict[str, Any], student: Any, data_config: dict[str, Any], source: str) -> None:
+    """Refuse a teacher of another number of classes or channels than the student's."""
+    for what, theirs, ours in (
+        ("classes", model.num_classes, student.num_classes),
+        ("channels", own["input_size"][0], data_config["input_size"][0]),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"The teacher {source} has {theirs} {what}, and the student {ours}: take a teacher that was trained on "
+                "this data, or fine-tune it first."
+            )
 
 
 def create_distillation(
