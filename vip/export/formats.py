@@ -109,9 +109,9 @@ def export_model(
             return difference
     except UserError:
         raise
-    except OSError as e:
-        raise UserError(f"Cannot write {path} ({e.strerror or e}).") from e
     except Exception as e:  # exporters and compilers raise nearly anything at a model that they cannot take
+        if isinstance(e, OSError) and e.strerror:
+            raise UserError(f"Cannot write {path} ({e.strerror}).") from e
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise UserError(f"{about['architecture']} cannot be exported as {format}: {reason} Try another format.") from e
 
