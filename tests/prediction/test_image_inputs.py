@@ -1,5 +1,6 @@
 """Which images arguments stand for."""
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_what_stands_for_nothing(photos: Path, argument: str, words: str) -> Non
 def test_nothing_given() -> None:
     with pytest.raises(UserError, match="No image given"):
         find_images([], NOTHING)
+
+
+def test_folders_that_cannot_be_read(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def fail(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr("vip.data.check.os.scandir", fail)
+    with pytest.raises(UserError, match="Cannot read the folder photos/below/deep \\(Permission denied\\)"):
+        find_images(["photos"], NOTHING)
 
 
 def test_links_to_a_folder_above(photos: Path) -> None:

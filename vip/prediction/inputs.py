@@ -49,7 +49,10 @@ def _expand(argument: str, listed: IO[bytes]) -> list[str]:
 
 
 def _images_in(folder: str) -> list[str]:
-    refuse_loops(folder)
+    try:
+        refuse_loops(folder)
+    except OSError as e:
+        raise UserError(f"Cannot read the folder {e.filename} ({e.strerror}): name images elsewhere.") from e
     images = [path for path, _ in find_images_and_targets(folder)[0]]
     if not images:
         raise UserError(
