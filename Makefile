@@ -1,10 +1,11 @@
 # make demo: install, train a Vision Permutator on real images, validate it, write a page about it.
 # make test: install, run every test.
+# make lint docs package coverage test-examples: the rest of what .ci/run asks of a change.
 # make demo-token-label: a teacher, its label maps, and students with and without them.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-token-label test test-gpu lint install clean
+.PHONY: demo demo-token-label test test-gpu test-examples coverage lint docs package install clean
 
 install: .venv/installed
 
@@ -29,13 +30,27 @@ demo-token-label: install
 test: install
 	$(PY) -m pytest
 
+coverage: install
+	$(PY) -m pytest --cov --cov-report=term:skip-covered --ignore=tests/examples
+
 test-gpu: install
 	$(PY) -m pytest -m gpu -s
 
+test-examples: .venv/examples
+	$(PY) -m pytest tests/examples
+
 lint: install
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m pre_commit run --all-files --show-diff-on-failure
+
+docs: .venv/docs
+	$(PY) -m mkdocs build --strict
+
+package: install
+	$(PY) -m build
+
+.venv/docs .venv/examples: .venv/installed
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$(@F)]'
+	touch $@
 
 clean:
-	rm -rf .venv output data build dist *.egg-info
+	rm -rf .venv output data build dist site *.egg-info

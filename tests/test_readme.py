@@ -42,6 +42,7 @@ def test_flags_without_effect_are_listed_with_their_reasons():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_flags_in_documents_exist(path: Path):
     known = {"--help", "--version", "--constraint", "--standalone", "--nproc-per-node"}  # the last two are torchrun's
+    known |= {"--gpus", "--ipc", "--nodes"}  # docker's and sbatch's
     for config, ignored in (
         (TrainConfig, TRAIN_FLAGS_WITHOUT_EFFECT),
         (ValidateConfig, VALIDATE_FLAGS_WITHOUT_EFFECT),

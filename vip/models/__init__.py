@@ -1,4 +1,7 @@
-"""Architectures. Importing this package registers every model with timm."""
+"""Architectures, a module each. Importing this package imports all of them, and so registers every model with timm."""
+
+import importlib
+import pkgutil
 
 from .external_attention_mlp import ExternalAttention, ExternalAttentionMlp
 from .lv_vit import LVViT
@@ -13,3 +16,6 @@ __all__ = [
     "VisionPermutator",
     "resmlp_big_24_p16_224",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
