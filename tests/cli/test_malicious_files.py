@@ -167,6 +167,17 @@ def test_checkpoints_of_a_model(
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.parametrize(
+    "program, argv", [("export", ("--format", "torchscript", "--out")), ("push-to-hub", ("me/model", "--dry-run"))]
+)
+def test_checkpoints_to_give_away(
+    command: Callable[..., Outcome], tmp_path: Path, hostile: dict[str, Path], program: str, argv: tuple[str, ...]
+) -> None:
+    for path in hostile.values():
+        refused(command(program, path, *argv, tmp_path / "out.pt"), f"vip {program}", path)
+    assert not (tmp_path / "out.pt").exists()
+
+
 @pytest.mark.parametrize("action", ["inspect", "verify", "average", "strip", "convert"])
 def test_tools_for_checkpoints(
     command: Callable[..., Outcome], trained_run: Path, tmp_path: Path, hostile: dict[str, Path], action: str
@@ -367,4 +378,5 @@ def test_code_in_place_of_images(
 def test_every_command_is_thought_of() -> None:
     """A command that is new has to be added here, if it reads files."""
     tried = {"train", "validate", "generate-label", "benchmark", "report", "label-maps", "checkpoint", "check-data"}
+    tried |= {"export", "push-to-hub"}
     assert set(vip.cli.COMMANDS) - tried == {"make-digits", "prepare-imagenet"}  # which reads archives of images

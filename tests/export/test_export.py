@@ -29,7 +29,7 @@ SMALL = {
     "vip_nano4_32": {},
     "lvvit_t": dict(img_size=32, depth=2, embed_dim=48, num_heads=3),
     "eamlp_7": dict(img_size=32, depth=2, embed_dim=48, num_heads=3),
-    "test_vit": dict(img_size=32),
+    "test_vit": {},
     "test_resnet": {},
 }
 
@@ -45,7 +45,7 @@ def small(name: str = "vip_nano4_32") -> nn.Module:
 
 def images(count: int, model: nn.Module) -> torch.Tensor:
     torch.manual_seed(count)
-    side = 160 if model.pretrained_cfg["architecture"] == "test_resnet" else 32
+    side = 160 if model.pretrained_cfg["architecture"].startswith("test_") else 32  # timm's own models for tests
     return torch.randn(count, 3, side, side)
 
 

@@ -144,7 +144,7 @@ def check_target(path: str | Path, format: str) -> Format:
         UserError: If there is no such format, or the file has the ending of another, or is in no folder.
     """
     path, chosen = Path(path), _format(format)
-    if path.suffix not in chosen.endings:
+    if not path.name.endswith(chosen.endings):
         raise UserError(f"{path} does not end in {' or '.join(chosen.endings)}, as files of {format} do; rename it.")
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'in no folder'}; name a file in a folder.")
