@@ -82,6 +82,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert named == {path.name for path in DOCS.glob("*.md")}
 
 
+@pytest.mark.slow
 def test_the_documented_model_is_all_that_is_needed(image_folder: Path, tmp_path: Path) -> None:
     """Its one file is put into a copy of the package, which is then tested, and trained by name."""
     code = (DOCS / "add_a_model.md").read_text().partition("```python\n")[2].partition("```")[0]
