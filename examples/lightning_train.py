@@ -9,6 +9,8 @@ import lightning
 import timm
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
@@ -38,7 +40,7 @@ class Classifier(lightning.LightningModule):
         correct = self.model(batch[0]).argmax(1) == batch[1]
         self.log("val_accuracy", correct.float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, with a learning rate that falls to zero along a cosine."""
         optimizer = create_optimizer_v2(self, "adamw", lr=self.hparams["lr"], weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -65,11 +67,12 @@ def main(argv: list[str]) -> None:
     check_model_name(args.model)
     lightning.seed_everything(0, verbose=False)
     train_loader, val_loader = digits()
-    trainer = lightning.Trainer(max_epochs=args.epochs, default_root_dir=args.output, logger=False, log_every_n_steps=1)
+    checkpoints = ModelCheckpoint(args.output, monitor="val_accuracy", mode="max")
+    trainer = lightning.Trainer(max_epochs=args.epochs, callbacks=[checkpoints], logger=False)
     trainer.fit(Classifier(args.model), train_loader, val_loader)
     accuracy = float(trainer.callback_metrics["val_accuracy"])
     print(f"{args.model}: {accuracy:.1%} of the held-out digits, 10.0% by chance")
-    print(f"checkpoint: {trainer.checkpoint_callback.best_model_path}")
+    print(f"checkpoint: {checkpoints.best_model_path}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m examples.torchvision_detection --model vip_nano4_32 --steps 60
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -28,7 +29,8 @@ class Pyramid(nn.Module):
 
     def __init__(self, model: str, out_indices: list[int], out_channels: int) -> None:
         super().__init__()
-        self.body = timm.create_model(model, features_only=True, out_indices=out_indices, dynamic_img_size=True)
+        body = timm.create_model(model, features_only=True, out_indices=out_indices, dynamic_img_size=True)
+        self.body = cast(Any, body)
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels)
         self.out_channels = out_channels
 

@@ -34,8 +34,9 @@ def digits() -> tuple[list[Image.Image], torch.Tensor, list[int], list[int]]:
 
 def create(model: str, **model_args: object) -> TimmWrapperForImageClassification:
     """A model by its name in timm, with random weights; `model_args` are those of `timm.create_model`."""
-    cfg = timm.get_pretrained_cfg(model).to_dict()  # image size, mean and deviation, for the image processor
-    config = TimmWrapperConfig(architecture=model, num_labels=10, model_args=model_args, pretrained_cfg=cfg)
+    cfg = timm.get_pretrained_cfg(model)  # image size, mean and deviation, for the image processor
+    assert cfg is not None
+    config = TimmWrapperConfig(architecture=model, num_labels=10, model_args=model_args, pretrained_cfg=cfg.to_dict())
     return TimmWrapperForImageClassification(config)
 
 

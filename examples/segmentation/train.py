@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -40,7 +41,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, model: str, size: int, checkpoint: Path | None = None, channels: int = 64) -> None:
         super().__init__()
-        self.encoder = timm.create_model(model, features_only=True, img_size=size)
+        self.encoder = cast(Any, timm.create_model(model, features_only=True, img_size=size))
         if checkpoint:
             trained = timm.create_model(model, num_classes=0, img_size=size)
             print(f"{checkpoint}: {load_finetune(trained, checkpoint)}")

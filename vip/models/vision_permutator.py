@@ -527,7 +527,7 @@ class VisionPermutator(nn.Module):
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.dynamic_img_size and not torch.jit.is_scripting():
-            _check_img_size(tuple(x.shape[-2:]), self.patch_embed.patch_size, self.stride)
+            _check_img_size((x.shape[-2], x.shape[-1]), self.patch_embed.patch_size, self.stride)
         return self.patch_embed(x)
 
     def _forward_stages(self, x: torch.Tensor) -> torch.Tensor:
