@@ -160,7 +160,7 @@ def test_checkpoints_of_a_model(
 ) -> None:
     places = [image_folder] if program == "validate" else [image_folder / "train", tmp_path / "maps"]
     for path in hostile.values():
-        refused(command(program, *places, "--checkpoint", path, *DEVICE), f"vip {program}", path)
+        refused(command(program, *places, "--checkpoint", path, *DEVICE), f"vip {program.split()[0]}", path)
     (tmp_path / "run").mkdir()
     best = shutil.copy(hostile["exec"], tmp_path / "run" / "model_best.pth.tar")
     refused(command(program, *places, "--checkpoint", tmp_path / "run", *DEVICE), f"vip {program}", best)
@@ -174,8 +174,18 @@ def test_checkpoints_to_give_away(
     command: Callable[..., Outcome], tmp_path: Path, hostile: dict[str, Path], program: str, argv: tuple[str, ...]
 ) -> None:
     for path in hostile.values():
-        refused(command(program, path, *argv, tmp_path / "out.pt"), f"vip {program}", path)
+        refused(command(program, path, *argv, tmp_path / "out.pt"), f"vip {program.split()[0]}", path)
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_checkpoints_to_look_at(
+    command: Callable[..., Outcome], image_folder: Path, tmp_path: Path, hostile: dict[str, Path]
+) -> None:
+    for path in hostile.values():
+        argv = ("predict", image_folder, "--checkpoint", path, "--heatmap", tmp_path / "out", *DEVICE)
+        refused(command(*argv), "vip predict", path)
+        refused(command("show", "model", path, "--out", tmp_path / "out"), "vip show", path)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("action", ["inspect", "verify", "average", "strip", "convert"])
@@ -292,7 +302,7 @@ def test_label_maps(
 YAML = "!!python/object/apply:os.mkdir [{marker!r}]"
 
 
-@pytest.mark.parametrize("program", ["train", "validate", "generate-label", "benchmark"])
+@pytest.mark.parametrize("program", ["train", "validate", "generate-label", "benchmark", "show batch"])
 @pytest.mark.parametrize(
     "text",
     [YAML, f"lr: {YAML}", f"{YAML}: 1", "a: !!python/object/new:os.mkdir [{marker!r}]", "a: !!python/name:os.mkdir"],
@@ -300,7 +310,7 @@ YAML = "!!python/object/apply:os.mkdir [{marker!r}]"
 def test_recipes(command: Callable[..., Outcome], tmp_path: Path, marker: Path, program: str, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text.format(marker=str(marker)))
-    refused(command(program, "--config", path), f"vip {program}", path)
+    refused(command(*program.split(), "--config", path), f"vip {program.split()[0]}", path)
 
 
 def test_a_report(command: Callable[..., Outcome], trained_run: Path, tmp_path: Path, hostile: dict[str, Path]) -> None:
@@ -378,5 +388,5 @@ def test_code_in_place_of_images(
 def test_every_command_is_thought_of() -> None:
     """A command that is new has to be added here, if it reads files."""
     tried = {"train", "validate", "generate-label", "benchmark", "report", "label-maps", "checkpoint", "check-data"}
-    tried |= {"export", "push-to-hub"}
+    tried |= {"export", "push-to-hub", "predict", "show"}
     assert set(vip.cli.COMMANDS) - tried == {"make-digits", "prepare-imagenet"}  # which reads archives of images
