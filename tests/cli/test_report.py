@@ -212,6 +212,7 @@ def test_every_published_log_can_be_held_against(make_run: MakeRun, table: Calla
         ("epoch,eval_top1\n0,10\n1,nan\n", "nan in epoch 1"),
         ("epoch,eval_loss\n0,10\n", "no column eval_top1, only epoch, eval_loss"),
         ("\udcff", "Cannot read"),
+        (f"epoch,eval_top1\n0,{'1' * 200_000}\n", "Cannot read"),
     ],
 )
 def test_damaged_logs(tmp_path: Path, content: str, said: str, table: Callable[..., Outcome]) -> None:
@@ -226,10 +227,18 @@ def test_no_log(tmp_path: Path, table: Callable[..., Outcome], make_run: MakeRun
     assert "neither the summary.csv" in table(tmp_path).error("vip report")
     message = table(make_run([1.0]), "--against", ZOO / "vip_s14").error("vip report")
     assert "vip_s14 holds neither" in message and "models/vip_s7" in message
-    with pytest.raises(UserError, match="Cannot read"):
-        run = make_run([1.0], "bad")
-        (run / "args.yaml").write_text("a: [")
-        read_run(run)
+    run = make_run([1.0], "bad")
+    for content in ("a: [", "a: 2001-99-99", "a: " + "[" * 3000, "\0"):
+        (run / "args.yaml").write_text(content)
+        with pytest.raises(UserError, match="Cannot read"):
+            read_run(run)
+
+
+def test_logs_that_a_spreadsheet_has_saved(make_run: MakeRun) -> None:
+    run = make_run([10.0, 30.0])
+    expected = read_run(run)
+    (run / "summary.csv").write_text((run / "summary.csv").read_text(), encoding="utf-8-sig")
+    assert read_run(run) == expected
 
 
 # --- the page

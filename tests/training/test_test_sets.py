@@ -142,12 +142,17 @@ def test_mistakes(
         dict(target=np.zeros(3, int), top=np.zeros((2, 1), int), probability=np.zeros((2, 1))),
         dict(target=np.full(2, 7), top=np.zeros((2, 1), int), probability=np.zeros((2, 1))),
         dict(target=np.array([{}, {}]), top=np.zeros((2, 1), int), probability=np.zeros((2, 1))),
+        dict(target=np.zeros(2, int), top=np.zeros((2, 1), int), probability=np.array([["1"], ["a"]])),
+        np.zeros(3),
     ],
 )
-def test_damaged_predictions_are_refused(content: bytes | dict, tmp_path: Path) -> None:
+def test_damaged_predictions_are_refused(content: bytes | dict | np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "predictions.npz"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, np.ndarray):
+        with open(path, "wb") as file:  # np.save would add an ending
+            np.save(file, content)
     else:
         np.savez(path, **{"classes": np.array(["a", "b"]), "model": "m", "checkpoint": "c"} | content)
     with pytest.raises(UserError, match="predictions|classes"):

@@ -85,7 +85,7 @@ def read_predictions(path: str | Path) -> Predictions:
         with np.load(path, allow_pickle=False) as content:
             values = {name: content[name] for name in Predictions.__dataclass_fields__}
     # what NumPy raises at files of other kinds is of many kinds
-    except (OSError, ValueError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path} holds no predictions ({e}); write it anew by vip validate --predictions.") from e
     found = Predictions(
         **{name: values[name] for name in ("target", "top", "probability")},
@@ -95,6 +95,7 @@ def read_predictions(path: str | Path) -> Predictions:
     )
     count = len(found.classes)
     whole = found.target.ndim == 1 and found.top.ndim == 2 and found.top.shape == found.probability.shape
+    whole = whole and np.issubdtype(found.probability.dtype, np.floating)
     if not whole or len(found.top) != len(found.target) or not len(found.target) or not found.top.shape[1]:
         raise UserError(
             f"{path} holds predictions of other forms than vip validate --predictions writes; write it anew."

@@ -147,11 +147,11 @@ def find_published(run: EpochLog) -> EpochLog | None:
 
 def _read_rows(file: Path) -> list[dict[str, float]]:
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        table = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))  # spreadsheets write the mark
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"Cannot read {file} ({e}).") from e
     rows: list[dict[str, float]] = []
-    for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
+    for number, row in enumerate(table, 2):
         try:
             rows.append({name: float(value) for name, value in row.items()})
         except (TypeError, ValueError) as e:
@@ -164,8 +164,8 @@ def _read_rows(file: Path) -> list[dict[str, float]]:
 def _read_options(file: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f"Cannot read {file}: {' '.join(str(e).split())}") from e
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # days that no calendar has are a ValueError
+        raise UserError(f"Cannot read {file}: {e}") from e
     return options if isinstance(options, dict) else {}
 
 
