@@ -138,6 +138,34 @@ def test_an_output_file_is_whole_or_not_there(
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
 
 
+def test_rows_do_not_wait_for_the_end(predict: Predict, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been printed when the second batch begins, where standard output is a pipe."""
+    from vip.prediction.predictor import Predictor
+
+    pipe, seen, original = io.BytesIO(), [], Predictor._predict
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, encoding="utf-8"))
+
+    def see(self: Predictor, *args: object) -> object:
+        seen.append(pipe.getvalue().count(b"\n"))
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "_predict", see)
+    assert predict(*images[:6], "-b", 2, "--format", "json").status == 0
+    assert seen == [0, 2, 4]
+
+
+def test_what_is_read_is_not_written_over(predict: Predict, images: list[Path], tmp_path: Path) -> None:
+    image, before = images[0], images[0].read_bytes()
+    (tmp_path / "link.png").symlink_to(image)
+    for argv in ((image, "--out", image), (images[0].parent, "--out", tmp_path / "link.png")):
+        says(predict(*argv).error("vip predict"), "would take the place of what is read", "another file")
+    assert image.read_bytes() == before
+    model = tmp_path / "model.pth"
+    model.write_text("weights")
+    says(predict(image, "--out", model, checkpoint=model).error("vip predict"), "would take the place")
+    assert model.read_text() == "weights"
+
+
 def fail_at_second_call() -> Callable[..., object]:
     from vip.errors import UserError
     from vip.prediction.predictor import Predictor

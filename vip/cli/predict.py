@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"Cannot write {config.out}: give --out a file in a folder that is there.")
     setup_logging(is_primary=True)
     images = find_images(config.images, sys.stdin.buffer)
+    if config.out and os.path.realpath(config.out) in map(os.path.realpath, [*images, config.checkpoint]):
+        raise UserError(f"--out {config.out} would take the place of what is read: name another file.")
     pictures = name_pictures(images, config.heatmap) if config.heatmap else {}
     predictor = load_predictor(**{name: getattr(config, name) for name in given})
     try:
@@ -64,7 +66,12 @@ def _writer(path: str, bar: tqdm) -> Iterator[Callable[[str], None]]:
     """Gives a function that writes text to a file, or to standard output where there is no path."""
     if not path:
         encoding = sys.stdout.encoding or "utf-8"  # which may not have a name's bytes, or a class's letters
-        yield lambda text: bar.write(text.encode(encoding, "backslashreplace").decode(encoding), sys.stdout, end="")
+
+        def show(text: str) -> None:
+            bar.write(text.encode(encoding, "backslashreplace").decode(encoding), sys.stdout, end="")
+            sys.stdout.flush()  # who reads from a pipe is not to wait for the end
+
+        yield show
         return
     try:
         with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
