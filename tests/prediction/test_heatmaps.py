@@ -109,6 +109,10 @@ def test_models_whose_tokens_have_no_share(name: str, options: dict[str, object]
 def test_a_model_without_classes() -> None:
     with pytest.raises(UserError, match="has no classes"):
         TokenActivation(timm.create_model("vip_nano4_32", img_size=64, num_classes=0).eval(), CONFIG)
+    broken = timm.create_model("vip_nano4_32", img_size=64, num_classes=10).eval()
+    torch.nn.init.constant_(broken.head.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite: take another checkpoint"):
+        TokenActivation(broken, CONFIG)
 
 
 # --- pictures

@@ -110,6 +110,12 @@ def test_batches_without_images(model: nn.Module) -> None:
         branch_weights(model, [nothing])
 
 
+def test_weights_that_are_not_finite(model: nn.Module) -> None:
+    torch.nn.init.constant_(model.patch_embed.proj.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite: take another checkpoint"):
+        branch_weights(model, [torch.randn(1, 3, 32, 32)])
+
+
 def test_nothing_stays_on_the_model(model: nn.Module) -> None:
     branch_weights(model, [torch.randn(1, 3, 32, 32)])
     with pytest.raises(RuntimeError):

@@ -57,7 +57,7 @@ def branch_weights(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[t
         `[blocks, 3]` for height, width and channel, each row summing to one, and the number of images.
 
     Raises:
-        UserError: If the model has no Permute-MLPs, or there is no image.
+        UserError: If the model has no Permute-MLPs, there is no image, or a weight is not finite.
     """
     layers = find_permute_mlps(model).values()
     sums = [torch.zeros(3, dtype=torch.float64) for _ in layers]
@@ -80,6 +80,8 @@ def branch_weights(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[t
             hook.remove()
     if not images:
         raise UserError("None of the images can be read: take others, or more of them.")
+    if not all(total.isfinite().all() for total in sums):
+        raise UserError("The weights of the branches are not finite: take another checkpoint.")
     return torch.stack(sums) / images, images
 
 

@@ -61,9 +61,14 @@ def averages(annotator: Annotator, input_size: tuple[int, ...]) -> bool:
     Args:
         annotator: The annotator, on its device.
         input_size: Channels, height and width of its input.
+
+    Raises:
+        UserError: If its logits are not finite.
     """
     parameter = next(annotator.parameters())
     noise = torch.randn((2, *input_size), generator=torch.Generator().manual_seed(0))
     annotation = annotator(noise.to(parameter.device, parameter.dtype))
+    if not annotation.logits.isfinite().all():
+        raise UserError("The model's logits of random images are not finite: take another checkpoint.")
     difference = (annotation.mean_logits - annotation.logits).abs().max()
     return bool(difference <= 1e-3 * annotation.logits.abs().max())
