@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -512,6 +513,23 @@ def test_interrupted_command_ends_without_a_word(capsys: pytest.CaptureFixture) 
 
     assert vip.cli.run("vip train", interrupted, []) == 130
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /dev/full")
+@pytest.mark.parametrize("to, status, said", [("pipe", 141, b""), ("/dev/full", 2, b"No space left on device")])
+def test_output_that_nobody_takes(to: str, status: int, said: bytes) -> None:
+    """A few lines stay in Python's buffer until the command has ended."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    code = "import sys, vip.cli; sys.exit(vip.cli.run('vip', lambda argv: print('a few lines'), []))"
+    if to == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(to, os.O_WRONLY)
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, env=environment, cwd=REPOSITORY)
+    os.close(writer)
+    assert done.returncode == status and said in done.stderr and done.stderr.count(b"\n") == bool(said)
 
 
 def test_other_processes_wait_for_the_first_to_report(

@@ -30,7 +30,9 @@ COMMANDS = {
 def run(program: str, command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run a command; a `UserError` becomes one line on standard error and exit status 2."""
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        status = command(sys.argv[1:] if argv is None else argv) or 0
+        _flush()
+        return status
     except UserError as e:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # most mistakes hit all ranks alike; the first one's report ends the others before theirs
@@ -39,8 +41,23 @@ def run(program: str, command: Callable[[list[str]], int | None], argv: list[str
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as in `vip ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+
+
+def _flush() -> None:
+    """Write what has been printed: a failure at Python's own exit has neither our message nor our status."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        _discard_output()
+        raise UserError(f"Cannot write the output ({e.strerror}); make room, or send it elsewhere.") from e
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> int:
