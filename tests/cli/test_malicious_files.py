@@ -182,7 +182,7 @@ def test_checkpoints_to_look_at(
     command: Callable[..., Outcome], image_folder: Path, tmp_path: Path, hostile: dict[str, Path]
 ) -> None:
     for path in hostile.values():
-        argv = ("predict", image_folder, "--checkpoint", path, "--heatmap", tmp_path / "out", *DEVICE)
+        argv = ("predict", image_folder, "--checkpoint", path, "--heatmap", tmp_path / "out", "--device", "cpu")
         refused(command(*argv), "vip predict", path)
         refused(command("show", "model", path, "--out", tmp_path / "out"), "vip show", path)
     assert not (tmp_path / "out").exists()
