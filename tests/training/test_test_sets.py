@@ -111,6 +111,8 @@ def test_real_labels_are_timms(
         (["a", "b"], "--test-set imagenet-a --valid-labels x", ["leave out --valid-labels"]),
         (["a", "b"], "--test-set imagenet-b", ["imagenet-b", "imagenet-a"]),
         (["a", "b"], "--num-classes 10 --test-set imagenet-r", ["1000 classes", "10"]),
+        (["a", "b"], "--test-set imagenet-real --predictions x.npz", ["one right class", "ReaL labels", "leave one"]),
+        (["a", "b"], "--real-labels x.json --predictions x.npz", ["one right class", "ReaL labels", "leave one"]),
         (["a", "b"], "--predictions nowhere/x.npz", ["nowhere/x.npz", "folder that is there"]),
     ],
 )

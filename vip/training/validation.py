@@ -123,6 +123,8 @@ def _check(config: ValidateConfig, jobs: int, runtime: Runtime) -> None:
         raise UserError(f"--predictions is for one model, and there are {jobs}: name one.")
     if config.predictions and runtime.distributed:
         raise UserError("--predictions needs those of all images in one process; validate without torchrun.")
+    if config.predictions and (config.real_labels or config.test_set == "imagenet-real"):
+        raise UserError("--predictions keeps one right class of each image, ReaL labels have several: leave one out.")
     folder = Path(config.predictions).absolute().parent
     if config.predictions and not os.access(folder, os.W_OK):
         raise UserError(f"Cannot write {config.predictions}: give --predictions a file in a folder that is there.")
