@@ -138,7 +138,7 @@ def measure(
         config: Rounds, seconds, warm-up.
         device: Device.
     """
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # torch would run what it has compiled for one memory budget for another, too
     contenders: dict[Entry, Contender] = {}
     for entry in entries:
         compiler = "inductor" if entry.compiled else None
@@ -201,21 +201,17 @@ def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     gpu, batch = device.type == "cuda", config.batch_size[0]
     book = Entry(form="textbook", precision="bfloat16" if gpu else "float32")
     own = dataclasses.replace(book, form="")
-    book_compiled, compiled = (dataclasses.replace(entry, compiled=True) for entry in (book, own))
-    best = dataclasses.replace(compiled, memory_budget=MEMORY_BUDGET)
+    book_compiled = dataclasses.replace(book, compiled=True)
+    best = dataclasses.replace(own, compiled=True, memory_budget=MEMORY_BUDGET)
+    group = measure([book, own, book_compiled, best], "train", batch, config, device)
     what, targets = f"training step, batch {batch}", (2.0, 1.3, 0.6) if gpu else (None, None, None)
-    # by themselves, as torch would run what it has compiled for one budget for the other, too
-    budgeted = measure([book, book_compiled, best], "train", batch, config, device)
-    others = measure([book, own, compiled], "train", batch, config, device)
     return [
-        budgeted.faster(what, best, book, targets[0]),
-        budgeted.faster(what, best, book_compiled, targets[1]),
-        *budgeted.memory_share(what, best, book, targets[2]),
-        *(
-            finding
-            for e in (compiled, own)
-            for finding in (others.faster(what, e, book), *others.memory_share(what, e, book))
-        ),
+        group.faster(what, best, book, targets[0]),
+        group.faster(what, best, book_compiled, targets[1]),
+        group.faster(what, own, book),
+        *group.memory_share(what, best, book, targets[2]),
+        *group.memory_share(what, book_compiled, book),
+        *group.memory_share(what, own, book),
     ]
 
 
