@@ -17,6 +17,7 @@ from torch import nn
 from training_command import QUICK, Outcome
 
 import vip.cli
+from vip.export import load_exported
 from vip.training.weights import read_checkpoint
 
 FILES = ["README.md", "config.json", "model.safetensors"]
@@ -93,6 +94,27 @@ def test_the_commands_take_it(
     argv = (*quick, "--model", "hf-hub:me/colors", "--pretrained", "--output", tmp_path, "--experiment", "again")
     assert command("train", image_folder, *argv).status == 0
     assert read_checkpoint(tmp_path / "again")["arch"] == "vip_nano4_32"
+
+
+def test_the_names_of_the_classes_are_obeyed(
+    command: Callable[..., Outcome], folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """Folders of other classes would be measured against the wrong outputs."""
+    published = ("--model", f"local-dir:{folder}")
+    image = image_folder / "val" / "red" / "red0.jpg"
+    outcome = command("predict", image, *published)
+    assert outcome.status == 0 and all(f" {name}\n" in outcome.out for name in ("blue", "green", "red")), outcome.err
+
+    shutil.copytree(image_folder, tmp_path / "other")
+    (tmp_path / "other" / "val" / "blue").rename(tmp_path / "other" / "val" / "violet")
+    message = command("validate", tmp_path / "other", "-j", 0, *published).error("vip validate")
+    assert "has other classes than the model was trained on" in message
+
+    out = tmp_path / "model.pt"
+    argv = ("--pretrained", "--num-classes", 5, "--format", "torchscript", "--out", out)
+    assert command("export", *published, *argv).status == 0
+    about = load_exported(out, "torchscript")[1]
+    assert about["num_classes"] == 5 and "label_names" not in about, "the new head has no names"
 
 
 def test_plain_weights(command: Callable[..., Outcome], run: Path, tmp_path: Path) -> None:

@@ -28,8 +28,15 @@ def describe(
     for name in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"):
         value = data_config[name]
         about[name] = list(value) if isinstance(value, tuple) else value
-    names: Any = cfg.get("label_names")
+    names = label_names(model)
     if class_to_idx:
         by_index = {index: name for name, index in class_to_idx.items() if isinstance(index, int)}
         names = [str(by_index.get(index, index)) for index in range(classes)]
     return {**about, **({"label_names": names} if names else {})}
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Names of a published model's outputs in their order, empty where its configuration names none, or others."""
+    names: Any = getattr(model, "pretrained_cfg", {}).get("label_names")
+    fit = isinstance(names, (list, tuple)) and len(names) == getattr(model, "num_classes", None)
+    return [str(name) for name in names] if fit else []

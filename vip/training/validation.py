@@ -17,6 +17,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
 
+from vip.checkpoints.preprocessing import label_names
 from vip.data.datasets import class_to_idx, create_split, unreadable_files
 from vip.data.loaders import create_eval_loader, naming_lost_workers
 from vip.errors import UserError
@@ -196,13 +197,17 @@ def load_model(
         given: Options the user gave, which win over what the checkpoint says.
 
     Returns:
-        The configuration with what the checkpoint says, the model, the checkpoint, and where the weights are from.
+        The configuration with what the checkpoint says, the model, the checkpoint (of a published model the classes
+        that its configuration names), and where the weights are from.
 
     Raises:
         UserError: If there is no such checkpoint, or it does not fit.
     """
     if not checkpoint_path:
-        return config, create_model(config, config.num_classes), {}, config.model
+        model: Any = create_model(config, config.num_classes)
+        indices = {name: index for index, name in enumerate(label_names(model))}
+        said = {"class_to_idx": indices} if indices and len(indices) == model.num_classes else {}
+        return config, model, said, config.model
     path = find_checkpoint(checkpoint_path)
     checkpoint = read_checkpoint(path)
     checkpoint.update({name: _said(checkpoint, name, path) for name in _SAID if name in checkpoint})
