@@ -13,8 +13,8 @@ COPY train.py validate.py generate_label.py distributed_train.sh eval.sh ./
 COPY models models
 COPY studies studies
 
-RUN useradd --create-home --uid 1000 vip && mkdir /work && chown vip /work
+RUN useradd --create-home --uid 1000 vip && mkdir /workspace && chown vip /workspace
 USER vip
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["vip"]
 CMD ["--help"]
