@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -139,8 +140,8 @@ def test_what_it_ran_on_and_how(measured: tuple[str, Path]) -> None:
 def simulate(
     monkeypatch: pytest.MonkeyPatch,
     seconds: Mapping[str, list[float]],
-    batches: Mapping[str, int] = {},  # noqa: B006
-    errors: Mapping[str, str] = {},  # noqa: B006
+    batches: Mapping[str, int] = MappingProxyType({}),
+    errors: Mapping[str, str] = MappingProxyType({}),
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Rows of models whose times are given, of a million products an image; a matrix product is 2e9 in a second."""
