@@ -467,7 +467,7 @@ def test_unknown_model(train_refuses: Refused, validate_refuses: Refused, name: 
 def test_nothing_to_validate(validate_refuses: Refused) -> None:
     says(validate_refuses(checkpoint=None), "--checkpoint PATH", "--model NAME --pretrained")
     says(validate_refuses("--model", "vip_*x", checkpoint=None), "vip_*x")
-    says(validate_refuses("--model", "vip_nano4_32", checkpoint=None), "vip_nano4_32", "No pretrained weights")
+    says(validate_refuses("--model", "vip_nano4_32", checkpoint=None), "vip_nano4_32", "no pretrained weights")
 
 
 def test_odd_batch_with_mixup(train_refuses: Refused) -> None:

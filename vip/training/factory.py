@@ -75,7 +75,7 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         said = f" It was given {flags}." if given else ""
         if config.pretrained and "pretrained=False" in reason:  # words for programs
-            reason = "timm has no weights for it; leave out --pretrained, or give a checkpoint of your own"
+            reason = "there are no pretrained weights for it: give a checkpoint, or do without --pretrained"
         advice = _HUB_ADVICE if isinstance(e, OSError) and parse_model_name(config.model)[0] == "hf-hub" else ""
         raise UserError(f"Cannot create {config.model}: {reason}.{said}{advice}") from e
 
