@@ -13,10 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from vip.checkpoints.model_card import read_of, write_card
-from vip.checkpoints.preprocessing import describe
 from vip.errors import UserError
 from vip.training.config import EvaluationConfig
 from vip.training.factory import resolve_data_config
+from vip.training.preprocessing import describe
 from vip.training.validation import load_model
 
 CARD = "README.md"

@@ -110,7 +110,7 @@ def write_card(model: nn.Module, about: dict[str, Any], run: Run, repo: str, lic
 
     Args:
         model: The model.
-        about: What `vip.checkpoints.preprocessing.describe` says of it.
+        about: What `vip.training.preprocessing.describe` says of it.
         run: What is known of its run.
         repo: Name of its repository.
         license: Identifier of a license; None: the card names none.

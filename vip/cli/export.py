@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from vip.checkpoints.preprocessing import describe
 from vip.cli.arguments import Parser
 from vip.errors import UserError
 from vip.export.check import BATCHES, TOLERANCE
@@ -11,6 +10,7 @@ from vip.export.formats import FORMATS, check_target, export_model
 from vip.reporting.logs import setup_logging
 from vip.training.config import EvaluationConfig
 from vip.training.factory import resolve_data_config
+from vip.training.preprocessing import describe
 from vip.training.validation import load_model
 
 

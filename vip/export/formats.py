@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from vip import ops
-from vip.checkpoints.preprocessing import describe
 from vip.errors import UserError
 from vip.export.check import TOLERANCE, Run, largest_difference
 from vip.files import replacing
 from vip.models.inference import optimize_for_inference
+from vip.training.preprocessing import describe
 
 OPSET = 18  # of ONNX: the one that torch's exporter writes without a conversion
 LARGEST_BATCH = 1024  # torch.export wants a bound
@@ -75,7 +75,7 @@ def export_model(
         model: A model of this package or of timm, in float32. It is not changed.
         path: The file, whose ending is one of the format's; replaced if it is there.
         format: One of `FORMATS`.
-        about: What the file is to say of its pre-processing, as `vip.checkpoints.preprocessing.describe` gives it;
+        about: What the file is to say of its pre-processing, as `vip.training.preprocessing.describe` gives it;
             None: what the model's configuration says.
         normalize: Let the file normalize images: it takes values from 0 to 1.
         check: Run the file and compare it with the model.

@@ -17,7 +17,6 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
 
-from vip.checkpoints.preprocessing import label_names
 from vip.data.datasets import class_to_idx, create_split, unreadable_files
 from vip.data.loaders import create_eval_loader, naming_lost_workers
 from vip.errors import UserError
@@ -29,6 +28,7 @@ from vip.training.config import EvaluationConfig, TrainConfig, ValidateConfig
 from vip.training.engine import evaluate
 from vip.training.factory import check_compile_backend, create_model, resolve_data_config
 from vip.training.labels import check_test_set, create_real_labels, label_subset
+from vip.training.preprocessing import label_names
 from vip.training.runtime import (
     Precision,
     Runtime,
