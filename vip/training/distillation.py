@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-import timm
 import torch
 from timm.task import (
     DistillationTeacher,
@@ -16,10 +15,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vip.errors import UserError
-from vip.options import nearest
 from vip.training.config import EvaluationConfig, TrainConfig
 from vip.training.factory import resolve_data_config
 from vip.training.validation import check_classes, load_model
+from vip.training.weights import check_model_name
 
 
 class Teacher(DistillationTeacher):
@@ -67,11 +66,11 @@ def create_teacher(config: TrainConfig, data: Dataset, student: Any, data_config
         UserError: If there is no such teacher, or it is one of other classes or channels.
     """
     name = "" if os.path.exists(config.teacher) else config.teacher
-    known = name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name.partition(".")[0])
-    if name and not known:
-        raise UserError(
-            f"--teacher {name} is no checkpoint and no model that timm knows.{nearest(name, timm.list_models())}"
-        )
+    if name:
+        try:
+            check_model_name(name)
+        except UserError as e:
+            raise UserError(f"--teacher {name} is no checkpoint and no model: {e}") from e
     found = EvaluationConfig(
         model=name,
         pretrained=bool(name),

@@ -164,7 +164,8 @@ def train_one_epoch(
         Preempted: If a process was told to leave; the state is saved.
     """
     state.task.train()
-    hold_frozen(state.task)
+    if config.freeze:
+        hold_frozen(state.task)
     losses = LossLog(runtime, state.epoch, state.loss_sum, state.batch)
     batches, accum = state.batch + len(loader), config.grad_accum_steps
     for i, (images, target) in enumerate(loader, state.batch):
