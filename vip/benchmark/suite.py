@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 # tokens along an axis, channels and their segments, of vip_s7, of vip_m7 and vip_l7, and of vip_s14 too
 LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
-MEMORY_BUDGET = 0.5  # lower ones spare little more: what is left is weights and the optimizer
+MEMORY_BUDGET = 0.5  # lower ones spared little more
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 
 
