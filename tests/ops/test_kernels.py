@@ -1,6 +1,8 @@
 """The kernels against float64, on a GPU and in Triton's interpreter (TRITON_INTERPRET=1, see test_ops.py)."""
 
+import copy
 import os
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -9,7 +11,7 @@ from golden_vectors import draw, fill, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vip import ops
+from vip import ops, optimize_for_inference
 
 kernels = pytest.importorskip("vip.ops.kernels", reason="no Triton")
 
@@ -33,6 +35,14 @@ def textbook(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).nan_to_num().item()  # 0 / 0 is of nothing
+
+
+def without_kernels(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    ops.set_kernels(False)
+    try:
+        return compute()
+    finally:
+        ops.set_kernels(None)
 
 
 def check(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int = 0) -> None:
@@ -167,25 +177,45 @@ def test_golden_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="autocast and torch.compile of a GPU")
+@pytest.mark.parametrize("dtype", ops.HALVES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_training_step_on_a_gpu(compiled: bool) -> None:
+def test_training_step_on_a_gpu(compiled: bool, dtype: torch.dtype) -> None:
     """Under autocast the kernels are chosen by themselves, and err no more than torch does."""
     torch.manual_seed(0)
     model = timm.create_model("vip_s7").to(DEVICE)
     images, labels = torch.randn(4, 3, 224, 224, device=DEVICE), torch.arange(4, device=DEVICE)
     parameters = list(model.parameters())
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12, enabled=dtype == torch.float16)
 
     def gradients(model: torch.nn.Module, **autocast: object) -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, **autocast):
+        with torch.autocast(DEVICE.type, dtype, **autocast):
             loss = torch.nn.functional.cross_entropy(model(images), labels)
-        return torch.cat([grad.flatten().double() for grad in torch.autograd.grad(loss, parameters)])
+        scaled = torch.autograd.grad(scaler.scale(loss), parameters)
+        return torch.cat([grad.flatten().double() for grad in scaled]) / scaler.get_scale()
 
     exact = gradients(model, enabled=False)
-    ops.set_kernels(False)
-    try:
-        plain = relative_error(gradients(model), exact)
-    finally:
-        ops.set_kernels(True)
-    assert ops.use_kernels(torch.empty(1, 2, 2, 2, 2, device=DEVICE, dtype=torch.bfloat16))
+    plain = relative_error(without_kernels(lambda: gradients(model)), exact)
+    assert ops.use_kernels(torch.empty(1, 2, 2, 2, 2, device=DEVICE, dtype=dtype))
     own = relative_error(gradients(torch.compile(model) if compiled else model), exact)
     assert 0 < own < 1.2 * plain < 0.2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile and torch.export of a GPU")
+@pytest.mark.parametrize("dtype", ops.HALVES)
+@pytest.mark.parametrize("ready", ["optimized", "compiled", "exported"])
+def test_inference_on_a_gpu(ready: str, dtype: torch.dtype) -> None:
+    """What is made ready for inference keeps the kernels, and errs no more than the model does in torch."""
+    torch.manual_seed(0)
+    model = timm.create_model("vip_s7").to(DEVICE).eval()
+    images = torch.randn(4, 3, 224, 224, device=DEVICE)
+    with torch.inference_mode():
+        exact = model(images).double()
+        halved = copy.deepcopy(model).to(dtype)
+        plain = relative_error(without_kernels(lambda: halved(images.to(dtype))), exact)
+    own: Callable[..., torch.Tensor] = optimize_for_inference(model, dtype, compiled=ready == "compiled")
+    if ready == "exported":
+        program = torch.export.export(own, (images.to(dtype),))
+        assert "vip.axis_mix.default" in {str(node.target) for node in program.graph.nodes}
+        own = program.module()
+    with torch.inference_mode():
+        assert relative_error(own(images.to(dtype)), exact) < 1.2 * plain < 0.1

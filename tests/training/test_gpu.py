@@ -49,6 +49,7 @@ def start(*command: object) -> subprocess.CompletedProcess[str]:
         "--apex-amp",
         "--amp --amp-dtype bfloat16 --channels-last --pin-mem",
         "--amp --amp-dtype bfloat16 --torchcompile",
+        "--amp --amp-dtype bfloat16 --torchcompile --memory-budget 0.5",
         "--amp --amp-dtype bfloat16 --fast-norm --model-ema --grad-checkpointing",
         "--amp --amp-dtype bfloat16 --no-prefetcher",
     ],
