@@ -1,5 +1,7 @@
 """Devices, precision, and the two packages called apex."""
 
+import platform
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -109,3 +111,21 @@ def test_workers_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch, cores: 
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     _leave_cores_to_workers(workers)
     assert asked == [threads]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+@pytest.mark.parametrize("set_up", [False, True])
+def test_memory_on_a_cpu_is_faulted_in_once(set_up: bool):
+    """Sixteen tensors of 64 MB, one after the other: without it, Linux maps the pages of each anew."""
+    code = f"""
+        import resource, torch
+        from vip.training.runtime import setup_runtime
+        if {set_up}: setup_runtime("cpu")
+        for _ in range(16):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    faulted = sum(int(faults) > 100 for faults in done.stdout.split())
+    assert faulted < 5 if set_up else faulted == 16  # what is small may come to lie where a large one was, and stay

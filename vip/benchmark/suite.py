@@ -258,8 +258,9 @@ def _mix(layer: AxisMix, x: torch.Tensor, axis: int, on: bool, backward: bool) -
 
 def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """None of the other models may be slower than as its paper spells it out."""
-    precision, batch = "bfloat16" if device.type == "cuda" else "float32", max(1, config.batch_size[0] // 4)
+    precision, batch = "float32", config.batch_size[0]
     if device.type == "cuda":  # where there is more to measure
+        precision, batch = "bfloat16", max(1, batch // 4)
         config = dataclasses.replace(config, rounds=min(config.rounds, 3), seconds=config.seconds / 2)
     findings = []
     for model in MODELS:

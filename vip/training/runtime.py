@@ -24,6 +24,7 @@ from vip.errors import UserError
 from vip.training.config import PrecisionConfig
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def setup_runtime(
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
-    if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        _leave_cores_to_workers(workers)
+    if kind == "cpu":
+        _keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            _leave_cores_to_workers(workers)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_launcher()
     if is_distributed_env() and kind != "cpu":
@@ -175,6 +178,14 @@ def _leave_cores_to_workers(workers: int) -> None:
     """Keep torch's threads off the cores of the loader processes: OpenMP threads that share a core crawl."""
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores - min(workers, math.ceil(cores / 4))))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor, as torch does on a GPU, instead of faulting it in anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def find_apex_amp() -> ModuleType | None:
