@@ -4,9 +4,9 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, DropPath
 from torch import nn
+from torch._inductor import config as inductor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .external_attention_mlp import Block as ExternalAttentionBlock
@@ -31,7 +31,8 @@ def optimize_for_inference(
         model: A model of this package; of others, dropout and stochastic depth are left out.
         dtype: Type of the weights; None: bfloat16 where the device computes with it, else the one they have.
         channels_last: Lay the images out channels last, which spares the patch embedding of ViP a copy.
-        compiled: Compile the result by torch.compile, on a GPU with a search for the fastest matrix products.
+        compiled: Compile the result by torch.compile: on a GPU with a search for the fastest matrix products; on a CPU
+            the first call without gradients packs the weights, which do not change from then on.
 
     Returns:
         The copy, in evaluation mode; unless compiled, it can be exported and scripted. Its images have the type of
@@ -66,21 +67,14 @@ def optimize_for_inference(
     return _compile(model) if compiled else model
 
 
-class _BiasAfter(nn.Linear):
-    """Linear layer whose bias a compiler adds along with what follows, instead of in a pass of its own."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight) + self.bias
-
-
 def _compile(model: nn.Module) -> Any:
-    weights = list(model.parameters())
-    if all(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights):
-        for layer in model.modules():
-            if type(layer) is nn.Linear and layer.bias is not None:
-                layer.__class__ = _BiasAfter
-    # on a GPU, matrix products that end with what follows them are worth the search for them
-    return torch.compile(model, options={"max_autotune": any(p.is_cuda for p in weights)})
+    if any(weight.is_cuda for weight in model.parameters()):
+        # matrix products that end with what follows them are worth the search for them
+        return torch.compile(model, options={"max_autotune": True})
+    compiled: Any = torch.compile(model)
+    # constant weights are packed for the processor; torch asks for this when it traces, where no option reaches it
+    compiled.forward = inductor.patch(freezing=True)(compiled.forward)
+    return compiled
 
 
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
