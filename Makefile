@@ -4,6 +4,7 @@
 # make demo-token-label: a teacher, its label maps, and students with and without them.
 PYTHON ?= python3
 PY := .venv/bin/python
+TEST := $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo demo-token-label test test-gpu test-examples coverage lint docs package install clean
 
@@ -28,10 +29,10 @@ demo-token-label: install
 		--students vip_nano4_32 --output output/demo-token-label
 
 test: install
-	$(PY) -m pytest
+	$(TEST)
 
 coverage: install
-	$(PY) -m pytest --cov --cov-report=term:skip-covered --ignore=tests/examples
+	$(TEST) --cov --cov-report=term:skip-covered --ignore=tests/examples
 
 test-gpu: install
 	$(PY) -m pytest -m gpu -s

@@ -1,17 +1,18 @@
-"""Optimizers against their textbook."""
+"""Optimizers against their textbook, and what models are created with."""
 
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from timm.layers import is_fast_norm
 from timm.task import ClassificationTask
 from torch import nn
 
 import vip  # noqa: F401  # registers the models
 from vip.errors import UserError
 from vip.training.config import TrainConfig
-from vip.training.factory import compile_task, create_optimizer
+from vip.training.factory import compile_task, create_model, create_optimizer
 from vip.training.resume import _taking_its_own_steps
 
 
@@ -82,16 +83,16 @@ def test_a_resumed_optimizer_steps_as_it_was_made_to(saved: dict, own: dict, sca
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
 
 
-@pytest.mark.slow
 def test_memory_budget_is_kept_and_changes_no_gradient() -> None:
     """By the bytes that autograd holds between the passes, which is what recomputing is to spare."""
+    backend = "aot_eager_decomp_partition"  # inductor's partitioner without its compiler, which takes minutes
     x, target = torch.randn(32, 3, 32, 32), torch.randn(32, 10)
     kept, gradients = [], []
     for budget in (None, 0.3):
         torch._dynamo.reset()
         torch.manual_seed(0)
         task = ClassificationTask(timm.create_model("vip_nano4_32", num_classes=10), nn.MSELoss(), verbose=False)
-        compile_task(task, SimpleNamespace(torchcompile="inductor", torchcompile_mode=None, memory_budget=budget))
+        compile_task(task, SimpleNamespace(torchcompile=backend, torchcompile_mode=None, memory_budget=budget))
         held: dict[int, int] = {}
 
         def hold(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
@@ -106,3 +107,9 @@ def test_memory_budget_is_kept_and_changes_no_gradient() -> None:
         gradients.append([p.grad for p in task.parameters()])
     assert 0 < kept[1] < 0.6 * kept[0]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_low_precision_norms_are_of_the_models_that_ask_for_them() -> None:
+    for fast in (True, False):
+        create_model(TrainConfig(model="vip_nano4_32", fast_norm=fast))
+        assert is_fast_norm() == fast

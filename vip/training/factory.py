@@ -56,8 +56,7 @@ def create_model(config: Any, num_classes: int | None, **kwargs: Any) -> nn.Modu
     """
     assert isinstance(config, ModelConfig) and isinstance(config, InputConfig)
     check_model_name(config.model)
-    if config.fast_norm:
-        set_fast_norm()
+    set_fast_norm(config.fast_norm)  # of the process, as the kernels are
     ops.set_kernels(False if config.no_kernels else None)
     kwargs = {"num_classes": num_classes, "global_pool": config.gp or None, **kwargs, **config.model_kwargs}
     try:
