@@ -40,6 +40,23 @@ def test_what_it_computes_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_twice_is_once(name: str) -> None:
+    model = random_model(name)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ready = vip.optimize_for_inference(vip.optimize_for_inference(model, dtype=torch.float64), dtype=torch.float64)
+    torch.testing.assert_close(ready(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_branch_weights_lie_as_what_they_weigh() -> None:
+    model = random_model("vip_nano4_32")
+    layers = [m.network[0][0].attn.reweight for m in (model, vip.optimize_for_inference(model, dtype=torch.float64))]
+    pooled = torch.randn(2, layers[0].fc1.in_features, dtype=torch.float64)
+    published, ready = (layer(pooled) for layer in layers)
+    torch.testing.assert_close(ready, published.reshape(2, -1, 3))
+    assert ready.stride(1) == 1
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_what_only_training_needs_is_gone(name: str) -> None:
     ready = vip.optimize_for_inference(random_model(name))
     kinds = {type(module).__name__ for name, module in ready.named_modules() if not name.endswith("attn_drop")}

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, DropPath
 from torch import nn
 from torch._inductor import config as inductor
@@ -13,7 +14,7 @@ from .external_attention_mlp import Block as ExternalAttentionBlock
 from .external_attention_mlp import TokenBlock
 from .lv_vit import Block as LVViTBlock
 from .lv_vit import ConvPatchEmbed
-from .vision_permutator import PermutatorBlock, VisionPermutator
+from .vision_permutator import PermutatorBlock, PermuteMlp, VisionPermutator
 
 __all__ = ["optimize_for_inference"]
 
@@ -24,8 +25,9 @@ def optimize_for_inference(
     """Make a copy of a model that computes the same with less.
 
     Dropout, stochastic depth and an auxiliary head that `forward` does not use are left out; BatchNorm becomes part of
-    the convolution before it, and the scale and shift of the LayerNorm before an MLP or attention part of its first
-    layer. `forward`, `forward_features` and `forward_intermediates` give what they gave, but for rounding.
+    the convolution before it, the scale and shift of the LayerNorm before an MLP or attention part of its first layer,
+    and the branch weights of ViP are laid out as what they weigh. `forward`, `forward_features` and
+    `forward_intermediates` give what they gave, but for rounding.
 
     Args:
         model: A model of this package; of others, dropout and stochastic depth are left out.
@@ -55,6 +57,8 @@ def optimize_for_inference(
         for name, child in module.named_children():
             if isinstance(child, DropPath | nn.Dropout) and name != "attn_drop":  # whose rate timm's attention reads
                 setattr(module, name, nn.Identity())
+        if isinstance(module, PermuteMlp) and type(module.reweight.fc2) is nn.Linear:
+            module.reweight.fc2 = _BranchByBranch(module.reweight.fc2)
         if isinstance(module, ConvPatchEmbed):
             _fold_batch_norms(module)
         if isinstance(module, PermutatorBlock | LVViTBlock | ExternalAttentionBlock | TokenBlock):
@@ -65,6 +69,23 @@ def optimize_for_inference(
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return _compile(model) if compiled else model
+
+
+class _BranchByBranch(nn.Linear):
+    """Last layer of `PermuteMlp.reweight` with the weights of a branch side by side in memory, as what they weigh is.
+
+    The published order is that of three weights of a channel, which processors gather one by one.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
+        self.weight.data = layer.weight.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+        self.bias.data = layer.bias.unflatten(0, (-1, 3)).t().flatten()
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights `[B, C, 3]` of pooled channels `[B, hidden]`."""
+        return F.linear(x, self.weight, self.bias).unflatten(-1, (3, -1)).transpose(-1, -2)
 
 
 def _compile(model: nn.Module) -> Any:
@@ -80,8 +101,9 @@ def _compile(model: nn.Module) -> Any:
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
     for i in (1, 2, 3):
         conv, norm = getattr(stem, f"conv{i}"), getattr(stem, f"bn{i}")
-        setattr(stem, f"conv{i}", fuse_conv_bn_eval(conv, norm))
-        setattr(stem, f"bn{i}", nn.Identity())
+        if isinstance(norm, nn.BatchNorm2d):
+            setattr(stem, f"conv{i}", fuse_conv_bn_eval(conv, norm))
+            setattr(stem, f"bn{i}", nn.Identity())
 
 
 def _fold_layer_norm(norm: Any, layer: Any) -> None:
