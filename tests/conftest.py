@@ -1,7 +1,7 @@
 """A tiny image folder, a run trained on it, and a way to call the commands."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,14 @@ def write_images(root: Path, per_class: int, names: dict[str, tuple[int, int, in
             pixels = np.clip(rng.normal(colour, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{name}{i}.{'png' if i % 2 else 'jpg'}")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def free_memory() -> Iterator[None]:
+    """Lets the process of the tests give memory back, which tells what a test takes; commands end, and need not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vip.training.runtime._keep_freed_memory", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
