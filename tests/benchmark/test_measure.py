@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vip.benchmark import measure
-from vip.benchmark.measure import is_out_of_memory, one_line, peak_memory, take_turn, take_turns, time_shares
+from vip.benchmark.measure import _kind, is_out_of_memory, one_line, peak_memory, take_turn, take_turns, time_shares
 
 CPU = torch.device("cpu")
 
@@ -319,3 +319,25 @@ def test_shares_of_time_are_of_the_kinds_of_operations() -> None:
     copies = time_shares(lambda: [a.t().contiguous() for _ in range(20)], CPU)
     assert sum(products.values()) == pytest.approx(1) and products["matrix products"] > 0.8
     assert sum(copies.values()) == pytest.approx(1) and copies["copies"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_TNT", "matrix products"),
+        ("_mix_kernel", "matrix products"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "activations"),
+        ("void at::native::GammaBetaBackwardCUDAKernelTemplate<float>", "norms, means and softmax"),
+        ("void cunn_SoftMaxForward<8, float>", "norms, means and softmax"),
+        ("void at::native::CatArrayBatchedCopy<float>", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+            "other element by element",
+        ),
+        ("ncclDevKernel_SendRecv", "rest"),
+    ],
+)
+def test_kernels_by_their_names(name: str, kind: str) -> None:
+    assert _kind(name) == kind

@@ -46,7 +46,7 @@ def test_textbook_form_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_ratios_are_of_the_same_round() -> None:
     own, other = Entry(), Entry(form="textbook")
-    group = Group({own: [1.0, 2.0, 4.0], other: [3.0, 4.0, 12.0]}, {}, {})
+    group = Group(2, {own: 2, other: 2}, {own: [1.0, 2.0, 4.0], other: [3.0, 4.0, 12.0]})
     finding = group.faster("inference", own, other, 2.5)
     assert finding.ratios == [3.0, 2.0, 3.0] and finding.verdict == "yes"
     assert "textbook vip_s7 bfloat16 eager" in finding.what
@@ -96,6 +96,38 @@ def test_rows_of_a_gpu(small_models: None) -> None:
     assert [finding.target for finding in findings] == [2.5, 1.4, 1.0, 0.45, None]
     assert all(len(finding.ratios) == 2 for finding in findings)
     assert "optimized vip_s7 bfloat16 compiled against textbook vip_s7 bfloat16 eager" in findings[0].what
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with small models, compiled as the large ones are."""
+    prepare, model = suite.prepare, "vip_nano4_32"
+    monkeypatch.setattr(suite, "prepare", lambda case, *rest: prepare(dataclasses.replace(case, model=model), *rest))
+    for group in (suite._on_gpu, suite._training):
+        assert all(finding.ratios for finding in group(QUICK, torch.device("cuda")))
+
+
+def test_models_are_compiled_for_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device] = []
+
+    def look(model: torch.nn.Module, *args: Any, compiled: bool) -> torch.nn.Module:
+        seen.extend({weight.device for weight in model.parameters()})
+        return model
+
+    monkeypatch.setattr(contenders, "optimize_for_inference", look)
+    case = Case("vip_nano4_32", None, 1, form="optimized")
+    with pytest.raises(RuntimeError, match="meta"):  # it cannot be waited for
+        contenders._prepare(case, 1, "inference", QUICK, torch.device("meta"))
+    assert seen == [torch.device("meta")]
+
+
+def test_a_batch_that_was_halved_is_told(small_models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = Entry(), Entry(form="textbook")
+    group = Group(4, {own: 4, other: 2}, {own: [1.0], other: [2.0]})
+    assert group.faster("speed", own, other).remark == "1 and 0 img/s, batches of 4 and 2"
+    group.batch_sizes[other] = 4
+    assert group.faster("speed", own, other).remark == "1 and 0 img/s"
 
 
 def test_rows_of_training(small_models: None) -> None:

@@ -1,11 +1,14 @@
 """`optimize_for_inference` against the models it is given."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
+import torch._inductor.freezing
 from torch import nn
+from torch._inductor import config as inductor
 
 import vip
 from vip.models.vision_permutator import VisionPermutator
@@ -87,10 +90,65 @@ def test_exports_and_scripts(name: str) -> None:
     torch.testing.assert_close(torch.jit.script(ready)(x), expected)
 
 
-@pytest.mark.slow
-def test_compiled() -> None:
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What torch froze."""
+    freeze, frozen = torch._inductor.freezing.freeze, []
+    monkeypatch.setattr("torch._inductor.freezing.freeze", lambda *args: frozen.append(args) or freeze(*args))
+    return frozen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packed", "tolerance"),
+    [(torch.float32, True, 1e-4), (torch.bfloat16, True, 0.05), (torch.float64, False, 1e-9)],
+)
+def test_compiled(dtype: torch.dtype, packed: bool, tolerance: float, frozen: list[object]) -> None:
+    torch._dynamo.reset()
+    model = random_model("vip_nano4_32")
+    compiled = vip.optimize_for_inference(model, dtype=dtype, compiled=True)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for images in (x, x[:2], x):
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                compiled(images.to(dtype)).double(), model(images), rtol=tolerance, atol=tolerance
+            )
+    assert bool(frozen) == packed and not inductor.freezing
+
+
+def test_compiled_with_gradients(frozen: list[object]) -> None:
+    """With gradients torch does not pack, and compiles anew."""
+    torch._dynamo.reset()
     model = random_model("vip_nano4_32").float()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.inference_mode():
-        compiled = vip.optimize_for_inference(model, dtype=torch.float32, compiled=True)
+    compiled = vip.optimize_for_inference(model, dtype=torch.float32, compiled=True)
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    found, expected = (torch.autograd.grad(m(x).sum(), x)[0] for m in (compiled, model))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert not frozen
+    with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert frozen
+
+
+def test_compiled_in_threads() -> None:
+    torch._dynamo.reset()
+    model = random_model("vip_nano4_32").float()
+    compiled = vip.optimize_for_inference(model, dtype=torch.float32, compiled=True)
+    images = [torch.randn(1 + i % 2, 3, 32, 32) for i in range(40)]
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+
+    @torch.no_grad()
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return compiled(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(compute, images), expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert not inductor.freezing
+
+
+def test_nothing_is_drawn() -> None:
+    model = random_model("vip_nano4_32")
+    state = torch.get_rng_state()
+    vip.optimize_for_inference(model)
+    assert torch.equal(torch.get_rng_state(), state)

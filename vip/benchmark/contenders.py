@@ -103,7 +103,7 @@ def _prepare(case: Case, batch_size: int, phase: str, config: BenchmarkConfig, d
             raise UserError(f"--width {case.width:g} is for a vip_* whose segments divide the new channels. {e}") from e
     input_size = tuple(resolve_data_config(model, training)["input_size"])
     counts = count(model, input_size)
-    model = _in_form(model, case.form, config).to(device)
+    model = _in_form(model.to(device), case.form, config).to(device)  # compiled for where it is
     images = torch.randn(batch_size, *input_size, device=device)
     if config.channels_last:
         model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))

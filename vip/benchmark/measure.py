@@ -101,7 +101,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nobody refers to any more."""
+    """Give back what nobody refers to any more, on a CPU to what is allocated next."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -155,13 +155,13 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
     return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])), default=0)
 
 
-_KINDS = {  # of kernels and operations, by what their names hold
+_KINDS = {  # of kernels and operations, by what their names hold in small letters
     "matrix products": (
-        *("gemm", "mm", "cutlass", "nvjet", "xmma", "mkldnn_linear", "convolution", "conv2d"),
+        *("gemm", "::mm", "addmm", "bmm", "cutlass", "nvjet", "xmma", "mkldnn_linear", "convolution", "conv2d"),
         *("_mix_kernel", "_weight_grad_kernel"),  # of vip.ops
     ),
-    "copies": ("copy", "clone", "cat", "elementwise_kernel_with_index"),
-    "norms, means and softmax": ("norm", "mean", "sum", "softmax", "reduce", "_red_", "_per_"),
+    "copies": ("copy", "memcpy", "clone", "::cat", "catarray", "elementwise_kernel_with_index"),
+    "norms, means and softmax": ("norm", "gammabeta", "mean", "sum", "softmax", "reduce", "_red_", "_per_"),
     "activations": ("gelu", "relu"),
     "other element by element": ("add", "mul", "div", "elementwise", "_poi_", "foreach", "adam"),
 }
@@ -178,9 +178,12 @@ def time_shares(step: Step, device: torch.device) -> dict[str, float]:
     for event in profiler.key_averages():
         if gpu and event.device_type.name != "CUDA":  # whose kernels are events of their own
             continue
-        kind = next((kind for kind, words in _KINDS.items() if any(word in event.key for word in words)), "rest")
-        seconds[kind] += event.self_device_time_total if gpu else event.self_cpu_time_total
+        seconds[_kind(event.key)] += event.self_device_time_total if gpu else event.self_cpu_time_total
     return {kind: value / max(sum(seconds.values()), 1e-9) for kind, value in seconds.items()}
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, words in _KINDS.items() if any(word in name.lower() for word in words)), "rest")
 
 
 @contextmanager

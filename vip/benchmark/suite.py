@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 
@@ -102,20 +102,33 @@ class Group:
     """Entries that took turns.
 
     Attributes:
+        batch_size: Images of a step that were asked for.
+        batch_sizes: Images of a step, by entry, fewer where memory did not suffice.
         seconds: Of an image, by entry, in each round.
         memory: Peak memory of a step in bytes, by entry.
         share: Share of the rate of a large matrix product, by entry, in each round.
     """
 
-    seconds: dict[Entry, list[float]]
-    memory: dict[Entry, int | None]
-    share: dict[Entry, list[float]]
+    batch_size: int
+    batch_sizes: dict[Entry, int] = field(default_factory=dict)
+    seconds: dict[Entry, list[float]] = field(default_factory=dict)
+    memory: dict[Entry, int | None] = field(default_factory=dict)
+    share: dict[Entry, list[float]] = field(default_factory=dict)
 
     def faster(self, what: str, own: Entry, other: Entry, target: float | None = None) -> Finding:
         """How much faster an entry is than another."""
         ratios = [b / a for a, b in zip(self.seconds[own], self.seconds[other], strict=True)]
         speeds = [f"{1 / median(self.seconds[entry]):,.0f}" for entry in (own, other)]
-        return Finding(f"{what}: {own} against {other}", ratios, target, remark=f"{speeds[0]} and {speeds[1]} img/s")
+        return Finding(
+            f"{what}: {own} against {other}",
+            ratios,
+            target,
+            remark=f"{speeds[0]} and {speeds[1]} img/s{self._batches(own, other)}",
+        )
+
+    def _batches(self, own: Entry, other: Entry) -> str:
+        sizes = [self.batch_sizes[entry] for entry in (own, other)]
+        return "" if sizes == [self.batch_size] * 2 else f", batches of {sizes[0]} and {sizes[1]}"
 
     def memory_share(self, what: str, own: Entry, other: Entry, limit: float | None = None) -> list[Finding]:
         """The peak memory of an entry over another's, where the device tells."""
@@ -156,10 +169,11 @@ def measure(
     for name, taken in turns.items():
         if taken.error:
             raise RuntimeError(f"{name}: {taken.error}")
-    group = Group({}, {}, {})
+    group = Group(batch_size)
     for entry, contender in contenders.items():
         group.seconds[entry] = [seconds / contender.batch_size for seconds in turns[entry].seconds]
         group.memory[entry] = contender.memory
+        group.batch_sizes[entry] = contender.batch_size
         macs, work = contender.counts.macs * PRODUCTS[phase], products[entry.precision][1]
         pairs = zip(group.seconds[entry], turns[MATMUL, entry.precision].seconds, strict=True)
         group.share[entry] = [macs / own / (work / product) for own, product in pairs]

@@ -1,6 +1,8 @@
 """Models made ready for inference: what only training needs is gone, and what can be computed beforehand is."""
 
 import copy
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from .vision_permutator import PermutatorBlock, PermuteMlp, VisionPermutator
 
 __all__ = ["optimize_for_inference"]
 
+_PACKED = (torch.float32, torch.bfloat16, torch.float16)  # what oneDNN has layouts for
+_COMPILING = threading.Lock()
+
 
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = True, compiled: bool = False
@@ -33,8 +38,9 @@ def optimize_for_inference(
         model: A model of this package; of others, dropout and stochastic depth are left out.
         dtype: Type of the weights; None: bfloat16 where the device computes with it, else the one they have.
         channels_last: Lay the images out channels last, which spares the patch embedding of ViP a copy.
-        compiled: Compile the result by torch.compile: on a GPU with a search for the fastest matrix products; on a CPU
-            the first call without gradients packs the weights, which do not change from then on.
+        compiled: Compile the result by torch.compile, for the device it is on: on a GPU with a search for the fastest
+            matrix products; on a CPU with packed weights, so do not load or change weights once it has been called,
+            and not more than `torch._dynamo.config.recompile_limit` (8) models of a kind in a process.
 
     Returns:
         The copy, in evaluation mode; unless compiled, it can be exported and scripted. Its images have the type of
@@ -78,10 +84,9 @@ class _BranchByBranch(nn.Linear):
     """
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
-        self.weight.data = layer.weight.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        self.bias.data = layer.bias.unflatten(0, (-1, 3)).t().flatten()
-        self.requires_grad_(False)
+        super().__init__(layer.in_features, layer.out_features, device="meta")  # draws no weights
+        self.weight = nn.Parameter(layer.weight.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1), False)
+        self.bias = nn.Parameter(layer.bias.unflatten(0, (-1, 3)).t().flatten(), False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Weights `[B, C, 3]` of pooled channels `[B, hidden]`."""
@@ -89,13 +94,34 @@ class _BranchByBranch(nn.Linear):
 
 
 def _compile(model: nn.Module) -> Any:
-    if any(weight.is_cuda for weight in model.parameters()):
+    weights = list(model.parameters())
+    if any(weight.is_cuda for weight in weights):
         # matrix products that end with what follows them are worth the search for them
         return torch.compile(model, options={"max_autotune": True})
     compiled: Any = torch.compile(model)
-    # constant weights are packed for the processor; torch asks for this when it traces, where no option reaches it
-    compiled.forward = inductor.patch(freezing=True)(compiled.forward)
+    if all(weight.device.type == "cpu" and weight.dtype in _PACKED for weight in weights):
+        compiled.forward = _freezing(compiled.forward)
     return compiled
+
+
+def _freezing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch take weights for constants, and pack them for the processor, where it compiles.
+
+    It reads whether to from a setting of the process, as it traces, and ignores the option of torch.compile. So the
+    setting holds while a call may compile: the first with images of a size. No other waits for it.
+    """
+    compiled_for = set()
+
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        case = x.shape, x.dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if case in compiled_for:
+            return forward(x, *args, **kwargs)
+        with _COMPILING, inductor.patch(freezing=True):
+            output = forward(x, *args, **kwargs)
+        compiled_for.add(case)
+        return output
+
+    return call
 
 
 def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
