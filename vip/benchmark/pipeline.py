@@ -145,7 +145,7 @@ def epoch_ratios(
         UserError: If the run fails.
     """
     gpu, cores = device.type == "cuda", available_cores()
-    batch, updates = (config.batch_size[0], 200) if gpu else (4, 10)  # waiting for a first batch takes no part, either
+    batch, updates = (config.batch_size[0], 200) if gpu else (4, 10)  # too many for the first batch to count
     flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
     flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type} "
     flags += f"-j {max(1, cores - 1)}" + (" --amp --amp-dtype bfloat16" if gpu else "")
