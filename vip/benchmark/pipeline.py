@@ -130,9 +130,7 @@ def _timm_loader(folder: str) -> Any:
     return loader.loader
 
 
-def epoch_ratios(
-    device: torch.device, config: BenchmarkConfig, model: str = "vip_s7", epochs: int = 4
-) -> tuple[list[float], str]:
+def epoch_ratios(device: torch.device, config: BenchmarkConfig, model: str = "vip_s7") -> tuple[list[float], str]:
     """The time of an epoch over that of its steps, in each epoch but the first two, and a remark.
 
     The images are of one color, have the size of the model's and are not augmented, so that loading them takes no part.
@@ -145,7 +143,8 @@ def epoch_ratios(
         UserError: If the run fails.
     """
     gpu, cores = device.type == "cuda", available_cores()
-    batch, updates = (config.batch_size[0], 200) if gpu else (4, 10)  # too many for the first batch to count
+    # enough updates for the wait for a first batch to count little, few enough for the suite to stay short
+    batch, updates, epochs, runs = (config.batch_size[0], 150, 3, 1) if gpu else (4, 10, 4, 3)
     flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
     flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type} "
     flags += f"-j {max(1, cores - 1)}" + (" --amp --amp-dtype bfloat16" if gpu else "")
@@ -156,7 +155,7 @@ def epoch_ratios(
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", batch * updates), ("val", batch)):
             _write_plain_images(Path(folder, "data", split), count, size)
-        for i in range(1 if gpu else 3):
+        for i in range(runs):
             rates = _run_epochs(Path(folder, f"run{i}"), f"{folder}/data", *flags.split())[2:]
             with torch_threads(torch.get_num_threads() if gpu else 1):
                 step = prepare(Case(model, None, batch), "train", own, device).step
