@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from fastai.vision.all import ImageDataLoaders, Learner, Normalize, Resize, accuracy, imagenet_stats, vision_learner
 
 from vip.cli import run  # whatever is imported of vip registers its models with timm
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.data.digits import write_digits
 from vip.training.weights import check_model_name
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     """Train, and say how well."""
     parser = Parser(prog="fastai_finetune", description=__doc__)
     parser.add_argument("--model", default="vip_nano4_32", help="name in timm (default: vip_nano4_32)")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the 1437 digits (default: 3)")
+    parser.add_argument("--epochs", type=at_least(1), default=3, help="passes over the 1437 digits (default: 3)")
     args = parser.parse_args(argv)
     check_model_name(args.model)
     learn = train(args.model, args.epochs)

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.data import DataLoader, TensorDataset
 
 from vip.cli import run  # whatever is imported of vip registers its models with timm
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.training.weights import check_model_name
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     """Train, and say how well."""
     parser = Parser(prog="lightning_train", description=__doc__)
     parser.add_argument("--model", default="vip_nano4_32", help="name in timm of a model for 32x32 images")
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the 1437 digits (default: 6)")
+    parser.add_argument("--epochs", type=at_least(1), default=6, help="passes over the 1437 digits (default: 6)")
     parser.add_argument("--output", default="output/lightning", help="folder for checkpoints (default: %(default)s)")
     args = parser.parse_args(argv)
     check_model_name(args.model)

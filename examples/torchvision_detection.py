@@ -18,7 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 from examples.segmentation.data import CLASSES, digits, scene
 from vip.cli import run  # whatever is imported of vip registers its models with timm
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.training.weights import check_model_name
 
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="torchvision_detection", description=__doc__)
     parser.add_argument("--model", default="vip_nano4_32", help="name in timm (default: vip_nano4_32)")
     parser.add_argument("--out-indices", type=int, nargs="+", default=[0, 3], help="stages to use (default: 0 3)")
-    parser.add_argument("--steps", type=int, default=60, help="batches of 4 images (default: 60)")
+    parser.add_argument("--steps", type=at_least(1), default=60, help="batches of 4 images (default: 60)")
     args = parser.parse_args(argv)
     check_model_name(args.model)
     torch.manual_seed(0)

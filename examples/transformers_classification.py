@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from vip.cli import run  # whatever is imported of vip registers its models with timm
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.training.weights import check_model_name
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     """Train, save, load, and say how well."""
     parser = Parser(prog="transformers_classification", description=__doc__)
     parser.add_argument("--model", default="vip_nano4_32", help="name in timm (default: vip_nano4_32)")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the 1437 digits (default: 3)")
+    parser.add_argument("--epochs", type=at_least(1), default=3, help="passes over the 1437 digits (default: 3)")
     parser.add_argument("--output", default="output/transformers", help="folder to write (default: %(default)s)")
     args = parser.parse_args(argv)
     check_model_name(args.model)

@@ -13,7 +13,7 @@ from transformers import TimmBackbone, TimmBackboneConfig, UperNetConfig, UperNe
 
 from examples.segmentation.data import CLASSES, scenes
 from vip.cli import run  # whatever is imported of vip registers its models with timm
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.training.weights import check_model_name
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     """Train a few steps, and say what came of it."""
     parser = Parser(prog="transformers_segmentation", description=__doc__)
     parser.add_argument("--model", default="vip_nano4_32", help="name in timm (default: vip_nano4_32)")
-    parser.add_argument("--steps", type=int, default=40, help="batches of 4 scenes (default: 40)")
+    parser.add_argument("--steps", type=at_least(1), default=40, help="batches of 4 scenes (default: 40)")
     args = parser.parse_args(argv)
     check_model_name(args.model)
     torch.manual_seed(0)

@@ -17,14 +17,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import vip.cli
+from vip.cli.arguments import Parser, at_least
 from vip.files import replacing
 
 WAYS = ("class labels", "token labels")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Run what is not there yet and print the table."""
-    args = _arguments()
+    args = _parser().parse_args(argv)
     output = Path(args.output)
     teacher = Path(args.teacher) if args.teacher else output / "teacher"
     if not args.teacher:
@@ -47,19 +49,19 @@ def main() -> None:
     print(_table(rows, args.students))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("token_labels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="image folder with train/ and val/")
     parser.add_argument("--recipe", required=True, help="recipe of the teacher and of all students")
     parser.add_argument("--students", nargs="+", required=True, help="models to compare")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
-    parser.add_argument("--epochs", type=int, help="epochs of a student (default: the recipe's)")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[42])
+    parser.add_argument("--epochs", type=at_least(1), help="epochs of a student (default: the recipe's)")
     parser.add_argument("--teacher", help="checkpoint or folder of a run (default: train one)")
     parser.add_argument("--teacher-model", default="vip_nano4_32")
-    parser.add_argument("--teacher-epochs", type=int, help="epochs of the teacher (default: the recipe's)")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--teacher-epochs", type=at_least(1), help="epochs of the teacher (default: the recipe's)")
+    parser.add_argument("--workers", type=at_least(0), default=1)
     parser.add_argument("--output", default="output/token-labels")
-    return parser.parse_args()
+    return parser
 
 
 def _epochs(epochs: int | None) -> tuple[Any, ...]:
@@ -129,4 +131,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(vip.cli.run("token_labels.py", main))

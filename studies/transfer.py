@@ -11,7 +11,6 @@ What is finished is not repeated, so it can be interrupted.
 import argparse
 import csv
 import json
-import os
 import random
 import sys
 from collections.abc import Iterable
@@ -21,6 +20,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import vip.cli
+from vip.cli.arguments import Parser, at_least
+from vip.errors import UserError
 from vip.files import replacing
 
 RECIPES = Path(__file__).parents[1] / "models"
@@ -38,11 +39,14 @@ TAUGHT = ("labels alone", "labels and a teacher")
 WATCHED = 20  # test images of a class that are validated on after each epoch; the result is of all of them
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Run what is not there yet and print the tables."""
-    args = _arguments()
+    args = _parser().parse_args(argv)
     output = Path(args.output)
-    classes = sorted(os.listdir(Path(args.data, "train")))
+    try:
+        classes = sorted(path.name for path in Path(args.data, "train").iterdir())
+    except OSError as e:
+        raise UserError(f"Cannot read {e.filename} ({e.strerror}); give an image folder with train/ and val/.") from e
     known, new = classes[: len(classes) // 2], classes[len(classes) // 2 :]
     data, pretrained = output / "data-known", output / "pretrained"
     link_images(args.data, data, known, None, 0)
@@ -60,16 +64,18 @@ def main() -> None:
     print(table(rows, TUNED), table(rows, TAUGHT), sep="\n\n")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("studies.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="CIFAR-10 as an image folder with train/ and val/")
-    parser.add_argument("--images", nargs="+", type=int, default=[50, 250], help="training images of a class")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, default=20, help="epochs on the new classes, the same for all ways")
-    parser.add_argument("--pretrain-epochs", type=int, default=12, help="epochs on the known classes")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--images", nargs="+", type=at_least(1), default=[50, 250], help="training images of a class")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[1, 2, 3])
+    parser.add_argument(
+        "--epochs", type=at_least(1), default=20, help="epochs on the new classes, the same for all ways"
+    )
+    parser.add_argument("--pretrain-epochs", type=at_least(1), default=12, help="epochs on the known classes")
+    parser.add_argument("--workers", type=at_least(0), default=1)
     parser.add_argument("--output", default="output/transfer")
-    return parser.parse_args()
+    return parser
 
 
 def train_and_test(args: argparse.Namespace, way: str, images: int, seed: int, pretrained: Path) -> dict[str, Any]:
@@ -153,4 +159,4 @@ def table(rows: list[dict[str, Any]], ways: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(vip.cli.run("studies.transfer", main))

@@ -21,7 +21,7 @@ from torchvision.utils import draw_segmentation_masks, save_image
 
 from examples.segmentation.data import CLASSES, scenes
 from vip.cli import run
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.errors import UserError
 from vip.files import replacing, save
 from vip.training.weights import check_model_name, find_checkpoint, load_finetune
@@ -108,18 +108,14 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="segmentation", description=__doc__)
     parser.add_argument("--model", default="vip_nano4_32", help="name in timm (default: vip_nano4_32)")
     parser.add_argument("--checkpoint", metavar="RUN", help="run or file to take the encoder from; else it is random")
-    parser.add_argument("--epochs", type=int, default=16, help="passes over the scenes (default: 16)")
-    parser.add_argument("--scenes", type=int, default=400, help="training scenes (default: 400)")
-    parser.add_argument("--img-size", type=int, default=64, help="height and width of the scenes (default: 64)")
+    parser.add_argument("--epochs", type=at_least(1), default=16, help="passes over the scenes (default: 16)")
+    parser.add_argument("--scenes", type=at_least(BATCH_SIZE), default=400, help="training scenes (default: 400)")
+    size = at_least(32)  # into which every digit fits
+    parser.add_argument("--img-size", type=size, default=64, help="height and width of the scenes (default: 64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default: 2e-3)")
     parser.add_argument("--output", type=Path, default="output/segmentation", help="folder to write (%(default)s)")
     args = parser.parse_args(argv)
     check_model_name(args.model)
-    if args.img_size < 32 or args.scenes < BATCH_SIZE or args.epochs < 1:
-        raise UserError(
-            f"Got --img-size {args.img_size} --scenes {args.scenes} --epochs {args.epochs}: expected at least 32, into "
-            f"which every digit fits, {BATCH_SIZE}, a batch, and 1."
-        )
     torch.manual_seed(0)
     try:
         model = Segmenter(args.model, args.img_size, find_checkpoint(args.checkpoint) if args.checkpoint else None)

@@ -149,8 +149,8 @@ def test_mistakes(check_data: Callable[..., Outcome], data: Path, tmp_path: Path
     for argv, message in (
         ((tmp_path / "nowhere",), f"There is no data set at {tmp_path / 'nowhere'}"),
         ((data / "train",), "has no train/"),
-        ((data, "-j", 0), "--workers is 0, expected at least 1."),
-        ((data, "-j", "many"), "invalid int value"),
+        ((data, "-j", 0), "--workers/-j: '0', expected a whole number of at least 1"),
+        ((data, "-j", "many"), "--workers/-j: 'many', expected a whole number"),
         ((data, "--reprot", "x"), "Did you mean --report?"),
         ((), "required: data"),
     ):

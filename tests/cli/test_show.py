@@ -114,7 +114,7 @@ def test_mistakes(command: Callable[..., Outcome], trained_run: Path, image_fold
         (("model", tmp_path / "damaged.pth.tar"), "damaged.pth.tar"),
         (("model", tmp_path / "resnet.pth.tar"), "has no Permute-MLP"),
         ((*model, "--model", "vip_s7"), "vip_s7"),
-        ((*model, "--images", "0"), "--images is 0, expected at least 1"),
+        ((*model, "--images", "0"), "--images: '0', expected a whole number of at least 1"),
         ((*model, "--data", tmp_path / "nowhere"), "no data set at"),
         ((*model, "--out", tmp_path / "file"), "Cannot write the picture"),
     ):

@@ -1,5 +1,6 @@
 """The examples do what they say, with the real libraries, and what those compute is what timm's model computes."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 
 import vip.cli
+from vip.errors import UserError
 
 pytest.importorskip("sklearn", reason="the examples learn scikit-learn's digits")
 
@@ -189,3 +191,23 @@ def test_unknown_models_are_refused_in_a_line(name: str, capsys: pytest.CaptureF
     assert vip.cli.run(name, example.main, ["--model", "vip_nano4_23"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{name}: error: No model is called 'vip_nano4_23'") and "vip_nano4_32" in error
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("fastai_finetune", "--epochs"),
+        ("lightning_train", "--epochs"),
+        ("torchvision_detection", "--steps"),
+        ("transformers_classification", "--epochs"),
+        ("transformers_segmentation", "--steps"),
+    ],
+)
+def test_nothing_to_train_for(name: str, flag: str) -> None:
+    pytest.importorskip(name.partition("_")[0], reason="pip install '.[examples]'")
+    example = importlib.import_module(f"examples.{name}")
+    with pytest.raises(UserError, match=f"{flag}: '0', expected a whole number of at least 1"):
+        example.main([flag, "0"])

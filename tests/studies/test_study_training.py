@@ -335,18 +335,15 @@ def test_an_error_or_an_interrupt_does_not_wait_for_the_other_trainings(
     assert len(trained) < 10
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
-    monkeypatch.setattr("sys.argv", ["data_efficiency", *map(str, argv)])
-    command.main()
+def run(*argv: object) -> None:
+    command.main([str(a) for a in argv])
 
 
-def test_the_command_with_all_results_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_command_with_all_results_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It needs no data any more, and no time."""
     for job in runs.jobs():
         (tmp_path / f"{job.name}.json").write_text(json.dumps(made_up(job)))
-    run(monkeypatch, tmp_path / "nowhere", "--output", tmp_path, "--device", "cpu")
+    run(tmp_path / "nowhere", "--output", tmp_path, "--device", "cpu")
     printed = capsys.readouterr()
     assert printed.out.startswith("Top-1 in percent, mean ± standard deviation of 3 seeds (size small).")
     names = ["results.csv", *(f"{name}.{e}" for name in ("curves", "shares", "ablations") for e in ("png", "svg"))]
@@ -354,18 +351,18 @@ def test_the_command_with_all_results_there(
     assert all(str(tmp_path / name) in printed.err for name in names[1:])
 
 
-def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
     """Also those that a process of its own finds."""
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, tmp_path / "nowhere", "--output", tmp_path / "out", "--device", "cpu")
-    message = f"Error: There is no data set at {tmp_path / 'nowhere'}"
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "nowhere", "--output", tmp_path / "out", "--device", "cpu")
+    message = f"There is no data set at {tmp_path / 'nowhere'}"
     assert str(caught.value).startswith(message) and len(str(caught.value).splitlines()) == 1
     assert not list((tmp_path / "out").iterdir())
-    with pytest.raises(SystemExit, match="Error: .*'nosuch'"):
-        run(monkeypatch, tmp_path, "--output", tmp_path / "out", "--device", "nosuch")
+    with pytest.raises(UserError, match="'nosuch'"):
+        run(tmp_path, "--output", tmp_path / "out", "--device", "nosuch")
 
 
 @pytest.mark.parametrize("argv", [("--jobs", 0), ("--output", "/dev/null/x")])
-def test_mistakes_that_are_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple) -> None:
-    with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path / "nowhere", "--device", "cpu", "--output", tmp_path / "out", *argv)
+def test_mistakes_that_are_found_at_once(tmp_path: Path, argv: tuple) -> None:
+    with pytest.raises(UserError):
+        run(tmp_path / "nowhere", "--device", "cpu", "--output", tmp_path / "out", *argv)

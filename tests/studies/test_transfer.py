@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from studies import transfer
+from vip.errors import UserError
 
 
 def write_images(root: Path, train: int, val: int, names: tuple[str, ...]) -> Path:
@@ -53,15 +54,24 @@ def test_table() -> None:
     assert lines[2:] == ["| b | 7.00 | 1.00 |", "| a | 15.00 ± 7.07 | 30.00 |"]
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [((), "nowhere/train (No such"), (("--images", 0), "'0', expected"), (("--epochs", "x"), "'x', expected")],
+)
+def test_mistakes(tmp_path: Path, argv: tuple, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        transfer.main([str(a) for a in (tmp_path / "nowhere", *argv)])
+    assert words in str(caught.value)
+
+
 @pytest.mark.slow
 def test_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any) -> None:
     """Each way once, and nothing twice."""
     caplog.set_level("INFO")
     write_images(tmp_path / "data", 4, 3, ("ant", "bee", "cow", "dog"))
     flags = ["--output", tmp_path / "out", "--images", 2, "--seeds", 1, "--epochs", 1, "--pretrain-epochs", 1]
-    argv = ["transfer", tmp_path / "data", *flags, "--workers", 0]
-    monkeypatch.setattr("sys.argv", [str(a) for a in argv])
-    transfer.main()
+    argv = [str(a) for a in (tmp_path / "data", *flags, "--workers", 0)]
+    transfer.main(argv)
     out = capsys.readouterr()
     assert [line.split(" | ")[0].strip("| ") for line in out.out.splitlines() if "." in line[-6:]][1:] == [
         *transfer.TUNED,
@@ -73,10 +83,9 @@ def test_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     with open(tmp_path / "out/results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["seed"], row["count"]) for row in rows] == [("1", "6")] * 8
-    transfer.main()
+    transfer.main(argv)
     again = capsys.readouterr()
     assert again.out == out.out and "Epoch" not in again.err
     monkeypatch.setattr(transfer.vip.cli, "main", lambda argv: 2)
-    monkeypatch.setattr("sys.argv", [*map(str, argv), "--seeds", "2"])
     with pytest.raises(SystemExit):
-        transfer.main()
+        transfer.main([*argv, "--seeds", "2"])

@@ -10,7 +10,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -43,6 +43,18 @@ class Parser(argparse.ArgumentParser):
             else:
                 message += "; repeat the flag of several values, or quote a pattern"
         raise UserError(f"{message} (--help lists what there is)")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Type of an argument: a whole number from `low` on."""
+
+    def whole_number(text: str) -> int:
+        with suppress(ValueError):
+            if (number := int(text)) >= low:
+                return number
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)}, expected a whole number of at least {low}")
+
+    return whole_number
 
 
 class _ParseKwargs(ParseKwargs):

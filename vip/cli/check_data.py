@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vip.cli.arguments import Parser
+from vip.cli.arguments import Parser, at_least
 from vip.data.check import DataReport, ImageNetReport, SplitReport, check
 from vip.data.inspection import KINDS
 from vip.errors import UserError
@@ -23,8 +23,6 @@ from vip.training.runtime import available_cores
 def main(argv: list[str]) -> int:
     """Parse the command line and check; 1 if there are problems."""
     args = _parser().parse_args(argv)
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, expected at least 1.")
     folder = Path(args.report or "").absolute().parent
     if args.report and (not os.access(folder, os.W_OK) or os.path.isdir(args.report)):
         raise UserError(f"Cannot write {args.report}: give --report a file in a folder that is there.")
@@ -42,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", help="what vip train takes: a folder with train/ and val/, or with tar files of these")
     parser.add_argument("--report", metavar="FILE", help="JSON file to write, with the names of all files found")
     cores = available_cores()
-    parser.add_argument("--workers", "-j", type=int, metavar="N", default=cores, help="processes (default: the cores)")
+    parser.add_argument(
+        "--workers", "-j", type=at_least(1), metavar="N", default=cores, help="processes (default: the cores)"
+    )
     return parser
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vip.cli.arguments import Parser, parse
+from vip.cli.arguments import Parser, at_least, parse
 from vip.data.datasets import create_split
 from vip.data.loaders import create_eval_loader
 from vip.errors import UserError, printable
@@ -60,8 +60,6 @@ def _show_batch(argv: list[str]) -> list[Path]:
 
 def _show_model(argv: list[str]) -> list[Path]:
     args = _model_parser().parse_args(argv)
-    if args.images < 1:
-        raise UserError(f"--images is {args.images}, expected at least 1.")
     path = find_checkpoint(args.checkpoint)
     config = EvaluationConfig(model=args.model, data=args.data, use_ema=args.use_ema, workers=0)
     config, model, _, _ = load_model(config, str(path), {"model"})
@@ -82,7 +80,9 @@ def _model_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or the folder of a run")
     parser.add_argument("--model", default="", metavar="NAME", help="its model (default: what the checkpoint holds)")
     parser.add_argument("--data", metavar="DIR", help="data set whose validation images the branches are weighed for")
-    parser.add_argument("--images", type=int, default=_BATCH_SIZE, metavar="N", help="how many of them (default: 64)")
+    parser.add_argument(
+        "--images", type=at_least(1), default=_BATCH_SIZE, metavar="N", help="how many of them (default: 64)"
+    )
     parser.add_argument("--full", action="store_true", help="draw the whole mixing matrices, channel by channel")
     text = "take the averaged weights, or the plain ones (default: averaged where there are any)"
     parser.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=text)
