@@ -133,7 +133,7 @@ def test_a_batch_that_was_halved_is_told() -> None:
 def test_rows_of_training(small_models: None) -> None:
     findings = suite._training(QUICK, CPU)
     assert len(findings) == 6 and all(finding.ratios and finding.target is None for finding in findings)
-    assert "vip_s7 float32 compiled (memory budget 0.5) against textbook vip_s7 float32 eager" in findings[3].what
+    assert "vip_s7 float32 compiled (memory budget 0.6) against textbook vip_s7 float32 eager" in findings[3].what
 
 
 def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +168,19 @@ def test_the_suite_writes_every_row(
         assert what in table
     assert "| inference: textbook vip_s7 float32 eager |" in table and "matrix products" in table
     assert "| epoch_findings | not measured |" in table and "no epoch" in table
+
+
+def test_what_is_measured_is_kept(
+    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "_on_cpu", lambda *args: [Finding("the first group", [1.5], 1.0)])
+    monkeypatch.setattr(suite, "_training", stopped)
+    out = tmp_path / "table.md"
+    assert command("benchmark", "--suite", "performance", "--out", out, "--device", "cpu").status == 130
+    assert "the first group | 1.50" in out.read_text()
 
 
 @pytest.mark.parametrize("name", ["performance", "scale"])

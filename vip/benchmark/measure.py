@@ -95,8 +95,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was what a computation lacked."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # the last is all that oneDNN says
-    texts = ("can't allocate memory", "not enough memory", "could not create a primitive")
+    texts = (
+        *("can't allocate memory", "not enough memory", "could not create a primitive"),  # the last is all of oneDNN's
+        *("out of memory", "ALLOC_FAILED", "unable to find an engine"),  # CUDA, its libraries, cuDNN's search
+    )
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
@@ -176,7 +178,7 @@ def time_shares(step: Step, device: torch.device) -> dict[str, float]:
         synchronize(device)
     seconds = dict.fromkeys((*_KINDS, "rest"), 0.0)
     for event in profiler.key_averages():
-        if gpu and event.device_type.name != "CUDA":  # whose kernels are events of their own
+        if gpu and (event.device_type.name != "CUDA" or event.is_user_annotation):  # kernels are events of their own
             continue
         seconds[_kind(event.key)] += event.self_device_time_total if gpu else event.self_cpu_time_total
     return {kind: value / max(sum(seconds.values()), 1e-9) for kind, value in seconds.items()}

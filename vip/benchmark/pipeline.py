@@ -144,7 +144,7 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, model: str = "vi
     """
     gpu, cores = device.type == "cuda", available_cores()
     # enough updates for the wait for a first batch to count little, few enough for the suite to stay short
-    batch, updates, epochs, runs = (config.batch_size[0], 150, 3, 1) if gpu else (4, 10, 4, 3)
+    batch, updates, epochs, runs = (min(config.batch_size[0], 128), 200, 4, 1) if gpu else (4, 10, 4, 3)
     flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
     flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type} "
     flags += f"-j {max(1, cores - 1)}" + (" --amp --amp-dtype bfloat16" if gpu else "")
@@ -159,7 +159,7 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, model: str = "vi
             rates = _run_epochs(Path(folder, f"run{i}"), f"{folder}/data", *flags.split())[2:]
             with torch_threads(torch.get_num_threads() if gpu else 1):
                 step = prepare(Case(model, None, batch), "train", own, device).step
-                seconds = median(take_turn(step, min(updates, 50), device) for _ in range(3))
+                seconds = median(take_turn(step, min(updates, 25), device) for _ in range(3))
             ratios += [batch / rate / seconds for rate in rates]
             alone.append(batch / seconds)
     return ratios, f"{model}, batch {batch}, {median(alone):,.1f} img/s by its steps alone"

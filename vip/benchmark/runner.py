@@ -19,7 +19,6 @@ from vip.benchmark.published import published_rows
 from vip.errors import UserError
 from vip.training.config import TrainConfig
 from vip.training.factory import check_compile_backend, create_optimizer
-from vip.training.runtime import allow_fast_kernels
 from vip.training.weights import check_model_name
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +46,6 @@ def run(config: BenchmarkConfig, models: list[str], baseline: str, device: torch
     Raises:
         UserError: If the device cannot multiply matrices in this precision.
     """
-    allow_fast_kernels(device)
     sizes: list[int | None] = [*config.img_size] or [None]
     sweeps = itertools.product(sizes, config.batch_size, config.width, models)
     cases = list(dict.fromkeys(Case(model, size, batch, width=width) for size, batch, width, model in sweeps))

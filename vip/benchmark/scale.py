@@ -1,6 +1,7 @@
 """How a model's time and memory grow, and what trainings take on many devices."""
 
 import dataclasses
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,8 @@ MODEL = "vip_s7"
 TRAINED = {name: (2e-3, 2048) for name in ("vip_s7", "vip_m7", "vip_l7", "vip_s14")} | {"lvvit_s": (1.6e-3, 1024)}
 
 
-def growth_rows(config: BenchmarkConfig, device: torch.device) -> dict[str, list[dict[str, Any]]]:
-    """Rows of `vip_s7` as the image, the batch and the channels grow, by what grows.
+def growth_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What grows (the image, the batch, the channels), and the rows of `vip_s7` as it does.
 
     Args:
         config: Precision, rounds, seconds and warm-up; the largest batch, the first of `batch_size`.
@@ -31,7 +32,8 @@ def growth_rows(config: BenchmarkConfig, device: torch.device) -> dict[str, list
         "batch_size": {"batch_size": batches},
         "width": {"width": [0.5, 1.0, 1.5, 2.0], "batch_size": [max(1, largest // 4)]},
     }
-    return {name: run(dataclasses.replace(config, **sweep), [MODEL], MODEL, device) for name, sweep in sweeps.items()}
+    for name, sweep in sweeps.items():
+        yield name, run(dataclasses.replace(config, **sweep), [MODEL], MODEL, device)
 
 
 def make_plans(config: BenchmarkConfig, device: torch.device) -> list[Plan]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -19,13 +19,12 @@ from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
 from vip.data.augmentation import import_fast_images
 from vip.models.vision_permutator import AxisMix
-from vip.training.runtime import allow_fast_kernels
 
 _logger = logging.getLogger(__name__)
 
 # tokens along an axis, channels and their segments, of vip_s7, of vip_m7 and vip_l7, and of vip_s14 too
 LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
-MEMORY_BUDGET = 0.5  # lower ones spared little more
+MEMORY_BUDGET = 0.6  # lower ones spare little more, and run the kernels of vip.ops twice, which torch takes for free
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 
 
@@ -72,19 +71,24 @@ class Finding:
         return "yes" if (found <= self.target if self.at_most else found >= self.target) else "no"
 
 
-def run_suite(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+def run_suite(
+    config: BenchmarkConfig, device: torch.device, on_findings: Callable[[list[Finding]], object]
+) -> list[Finding]:
     """Measure everything that can be measured on a device, group by group; what fails is a finding with a remark.
 
     Args:
         config: Rounds, seconds and warm-up; batch size of the models, the first of `batch_size`.
         device: Device of the models.
+        on_findings: Called after each group with all that was found so far.
+
+    Returns:
+        What was found.
 
     Raises:
         UserError: If the textbook models or libraries are not there.
     """
     textbook(torch.nn.Identity())  # what is missing is to be known before anything is measured
     import_fast_images()
-    allow_fast_kernels(device)
     findings: list[Finding] = []
     groups = (_on_gpu, _training, kernel_findings) if device.type == "cuda" else (_on_cpu, _training)
     for group in tqdm((*groups, _others, data_path_findings, epoch_findings), "Suite", leave=False, disable=None):
@@ -93,6 +97,7 @@ def run_suite(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
         except Exception as e:  # one group may fail in a way of its own, and the others are worth having
             _logger.warning(f"{group.__name__.strip('_')}: {one_line(e)}")
             findings.append(Finding(group.__name__.strip("_"), [], remark=one_line(e)))
+        on_findings(findings)
         free_memory(device)
     return findings
 
@@ -234,7 +239,8 @@ def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Findi
     findings = []
     for length, dim, segments in LAYERS:
         size = dim // segments
-        shape = (config.batch_size[0], length, length, segments, size)
+        # four batches: one is done before Python, which has nothing to prepare ahead of here, starts the next product
+        shape = (4 * config.batch_size[0], length, length, segments, size)
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
         if not ops.use_kernels(x):
             return [Finding("kernels against torch", [], remark="they are off, or not for this device")]
@@ -274,7 +280,7 @@ def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """None of the other models may be slower than as its paper spells it out."""
     precision, batch = "float32", config.batch_size[0]
     if device.type == "cuda":  # where there is more to measure
-        precision, batch = "bfloat16", max(1, batch // 4)
+        precision = "bfloat16"
         config = dataclasses.replace(config, rounds=min(config.rounds, 3), seconds=config.seconds / 2)
     findings = []
     for model in MODELS:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from vip.benchmark.environment import clocks, environment
 from vip.benchmark.measure import one_line
 from vip.benchmark.runner import check_setting, choose_baseline, choose_models, run
 from vip.benchmark.scale import growth_rows, make_plans
-from vip.benchmark.suite import run_suite, where_time_goes
+from vip.benchmark.suite import Finding, run_suite, where_time_goes
 from vip.cli.arguments import parse
 from vip.data.augmentation import import_fast_images
 from vip.errors import UserError
@@ -71,43 +72,57 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
         raise UserError(f"--suite chooses models and settings itself: leave out {names}.")
     if not config.out:
         raise UserError("--suite needs a file for its table: add --out FILE.")
+    gpu = device.type == "cuda"
     if "batch_size" not in given:
-        config.batch_size = [256 if device.type == "cuda" else 8]
+        config.batch_size = [256 if gpu else 8]
+    if gpu and "seconds" not in given:
+        config.seconds = 0.5  # are several steps
     if len(config.batch_size) > 1:
         raise UserError(f"--suite takes one --batch-size, {len(config.batch_size)} given.")
     out = Path(config.out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder, expected the name of a file for the table.")
     write_texts(out.parent, {})  # whether it can be written is to be known before
-    text, status = _performance(config, device) if config.suite == "performance" else _scale(config, device, out.parent)
+
+    def write(*parts: str) -> str:
+        """What there is so far: a command that is stopped leaves what it has measured."""
+        text = "\n\n".join(parts)
+        write_texts(out.parent, {out.name: text + "\n"})
+        return text
+
+    text, status = (_performance if config.suite == "performance" else _scale)(config, device, write)
     print(text)
-    write_texts(out.parent, {out.name: text + "\n"})
     return status
 
 
-def _performance(config: BenchmarkConfig, device: torch.device) -> tuple[str, int]:
+def _performance(config: BenchmarkConfig, device: torch.device, write: Callable[..., str]) -> tuple[str, int]:
     facts = environment(device)
-    findings = run_suite(config, device)
     setting = f"{config.rounds} rounds of {config.seconds:g} s"
-    text = findings_table(findings, facts | clocks(device), setting)
+
+    def table(findings: list[Finding]) -> str:
+        return findings_table(findings, facts | clocks(device), setting)
+
+    findings = run_suite(config, device, lambda findings: write(table(findings)))
+    text = table(findings)
     missed = any(finding.target and finding.verdict != "yes" for finding in findings)
     try:
         shares = shares_table(where_time_goes(config, device))
     except Exception as e:  # a profiler may fail in a way of its own, and the table is worth having
         shares = f"Where the time goes was not measured: {one_line(e)}"
-    return f"{shares}\n\n{text}", int(missed)
+    return write(shares, text), int(missed)
 
 
-def _scale(config: BenchmarkConfig, device: torch.device, folder: Path) -> tuple[str, int]:
+def _scale(config: BenchmarkConfig, device: torch.device, write: Callable[..., str]) -> tuple[str, int]:
     new_figure()
     import_fast_images()  # what is missing is to be known before anything is measured
     facts = environment(device)
     config.precision = "bfloat16" if device.type == "cuda" else "float32"
     texts, failed = [], False
-    for grows, rows in growth_rows(config, device).items():
+    for grows, rows in growth_rows(config, device):
         texts.append(f"Growth with `{grows}`:\n\n{markdown_table(rows, {}, rows[0]['model'], config.setting).rstrip()}")
-        draw_growth(rows, folder)
+        write(*texts)
+        draw_growth(rows, Path(config.out or "").parent)
         failed |= any(name.endswith("_error") for row in rows for name in row)
     texts.append(f"300 epochs of ImageNet:\n\n{plan_table(make_plans(config, device))}")
     texts.append("; ".join(f"{name} {value}" for name, value in (facts | clocks(device)).items() if value is not None))
-    return "\n\n".join(texts), int(failed)
+    return write(*texts), int(failed)
