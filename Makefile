@@ -35,7 +35,7 @@ coverage: install
 	$(TEST) --cov --cov-report=term:skip-covered --ignore=tests/examples
 
 test-gpu: install
-	$(PY) -m pytest -m gpu -s
+	$(PY) -m pytest -m gpu -s tests/benchmark tests/ops tests/training
 
 test-examples: .venv/examples
 	$(PY) -m pytest tests/examples

@@ -60,6 +60,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
     return empty
 
 
+def test_cast_once_as_autocast_would(gpu: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, double, elsewhere = gpu(2, 4, dtype=torch.float32), gpu(2, 4, dtype=torch.float64), torch.randn(2, 4)
+    assert ops.autocast(norm) is norm
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)  # it cannot be, without a GPU
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert ops.autocast(norm).dtype == torch.bfloat16
+    assert ops.autocast(double) is double and ops.autocast(elsewhere) is elsewhere
+
+
 def test_used_where_they_win(gpu: Callable[..., torch.Tensor]) -> None:
     assert ops.use_kernels(gpu(2, 16, 16, 16, 24))
     assert ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float16, capability=8))

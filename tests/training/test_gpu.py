@@ -49,7 +49,7 @@ def start(*command: object) -> subprocess.CompletedProcess[str]:
         "--apex-amp",
         "--amp --amp-dtype bfloat16 --channels-last --pin-mem",
         "--amp --amp-dtype bfloat16 --torchcompile",
-        "--amp --amp-dtype bfloat16 --torchcompile --memory-budget 0.5",
+        "--amp --amp-dtype bfloat16 --torchcompile --memory-budget 0.6",
         "--amp --amp-dtype bfloat16 --fast-norm --model-ema --grad-checkpointing",
         "--amp --amp-dtype bfloat16 --no-prefetcher",
     ],
@@ -65,7 +65,9 @@ def test_vip_s7_trains_at_224_and_validates_alike(photos: Path, tmp_path: Path, 
     print(f"\nvip_s7 {flags}: {speeds[-1]} in the last epoch, {torch.cuda.get_device_name()}")
     checked = start("bash", ROOT / "eval.sh", photos / "val", tmp_path / "run/last.pth.tar", "-j", 4)
     assert checked.returncode == 0, checked.stderr
-    assert str(json.loads(checked.stdout.partition("--result\n")[2])["top1"]) == last["eval_top1"]
+    found = json.loads(checked.stdout.partition("--result\n")[2])["top1"]
+    # of the 64 images two may be too near a tie for two choices of kernels, or for compiled and eager bfloat16
+    assert abs(found - float(last["eval_top1"])) <= 100 * 2 / 64
 
 
 @pytest.mark.parametrize("flags", ["--apex-amp", "--amp --amp-dtype bfloat16 --torchcompile --mixup 0.8 --cutmix 1.0"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="Process 3 of this node has no GPU, there are 2"):
         setup_runtime("cuda")
+
+
+def test_gpus_compute_as_fast_in_every_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for place in (torch.backends, torch.backends.cuda):
+        monkeypatch.setattr(place, "cudnn" if place is torch.backends else "matmul", SimpleNamespace())
+    assert setup_runtime("cuda").device.type == "cuda"
+    assert torch.backends.cudnn.benchmark
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("cores, workers, threads", [(2, 0, 2), (2, 1, 1), (2, 8, 1), (8, 1, 7), (8, 8, 6), (1, 4, 1)])

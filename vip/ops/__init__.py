@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["axis_mix", "set_kernels", "use_kernels"]
+__all__ = ["autocast", "axis_mix", "set_kernels", "use_kernels"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -39,6 +39,12 @@ def use_kernels(x: torch.Tensor) -> bool:
         and x.shape[-1] % 2 == 0  # two numbers of 16 bits are the least that is read at once
         and x.numel() < 2**31  # whose addresses are 32 bits
     )
+
+
+@torch.jit.unused
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in the type that autocast computes in, on a GPU, where norms are float32: for what reads it often."""
+    return x.to(_computing_type(x)) if isinstance(x, torch.Tensor) and x.is_cuda else x
 
 
 def _computing_type(x: torch.Tensor) -> torch.dtype:

@@ -51,7 +51,7 @@ class Runtime:
 def setup_runtime(
     device: str | None = None, dist_backend: str | None = None, workers: int = 0, dist_timeout: float = 1800
 ) -> Runtime:
-    """Pick the device and join the process group that torchrun or Slurm set up, if any.
+    """Pick the device, let it be fast, and join the process group that torchrun or Slurm set up, if any.
 
     Args:
         device: Device, CUDA where there is one if None.
@@ -77,6 +77,7 @@ def setup_runtime(
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
+        _allow_fast_kernels()
     if kind == "cpu":
         _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -162,11 +163,10 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def allow_fast_kernels(device: torch.device) -> None:
+def _allow_fast_kernels() -> None:
     """Let a GPU search for the fastest convolutions, and use TF32 where float32 is asked for."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def available_cores() -> int:

@@ -51,7 +51,6 @@ from vip.training.recovery import REQUEUE, Preempted, RecoveryPoints, leaving_at
 from vip.training.resume import agree_on_state, batches_of, identity, resume
 from vip.training.runtime import (
     Runtime,
-    allow_fast_kernels,
     leave_together,
     naming_lost_processes,
     setup_precision,
@@ -120,7 +119,6 @@ class Trainer:
     def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         _check(config)
-        allow_fast_kernels(runtime.device)
         random_seed(config.seed, runtime.rank)
 
         train_data, val_data = self._open_data()
