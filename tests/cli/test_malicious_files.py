@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,17 +208,11 @@ def test_tools_for_checkpoints(
 
 
 def test_the_teacher_of_a_study(
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture,
-    image_folder: Path,
-    tmp_path: Path,
-    hostile: dict[str, Path],
+    capfd: pytest.CaptureFixture, image_folder: Path, tmp_path: Path, hostile: dict[str, Path]
 ) -> None:
     argv = ["--recipe", "none.yaml", "--students", "vip_nano4_32", "--teacher", hostile["zip"], "--workers", 0]
-    argv = ["token_labels.py", image_folder, *argv, "--output", tmp_path / "study"]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
     with pytest.raises(SystemExit) as e:
-        studies.token_labels.main()
+        studies.token_labels.main([str(a) for a in (image_folder, *argv, "--output", tmp_path / "study")])
     captured = capfd.readouterr()
     refused(Outcome(e.value.code, captured.out, captured.err), "vip generate-label", hostile["zip"])
 
