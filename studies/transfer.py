@@ -44,9 +44,11 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     output = Path(args.output)
     try:
-        classes = sorted(path.name for path in Path(args.data, "train").iterdir())
+        classes, tested = (sorted(path.name for path in Path(args.data, split).iterdir()) for split in ("train", "val"))
     except OSError as e:
         raise UserError(f"Cannot read {e.filename} ({e.strerror}); give an image folder with train/ and val/.") from e
+    if classes != tested:
+        raise UserError(f"train/ and val/ of {args.data} have other classes: expected the same in both.")
     known, new = classes[: len(classes) // 2], classes[len(classes) // 2 :]
     data, pretrained = output / "data-known", output / "pretrained"
     link_images(args.data, data, known, None, 0)
@@ -65,7 +67,9 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("studies.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "python -m studies.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", help="CIFAR-10 as an image folder with train/ and val/")
     parser.add_argument("--images", nargs="+", type=at_least(1), default=[50, 250], help="training images of a class")
     parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[1, 2, 3])
@@ -159,4 +163,4 @@ def table(rows: list[dict[str, Any]], ways: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(vip.cli.run("studies.transfer", main))
+    sys.exit(vip.cli.run("python -m studies.transfer", main))

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="studies.data_efficiency",
+        prog="python -m studies.data_efficiency",
         description=studies.data_efficiency.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

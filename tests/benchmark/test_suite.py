@@ -17,6 +17,7 @@ from vip.benchmark import contenders, pipeline, suite
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.contenders import Case
 from vip.benchmark.suite import Entry, Finding, Group, measure
+from vip.cli import benchmark as cli
 from vip.errors import UserError
 from vip.models.vision_permutator import PermuteMlp
 from vip.reporting.benchmarks import findings_table
@@ -144,7 +145,7 @@ def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ops, "axis_mix", lambda x, weight, axis: x * weight.sum())
     findings = suite.kernel_findings(QUICK, CPU)
     assert len(findings) == 4 and all(len(finding.ratios) == 2 and finding.target == 1 for finding in findings)
-    assert "width of 4 tokens, 3 segments of 4, bfloat16, forward and backward" in findings[3].what
+    assert "width of 4 tokens, 3 segments of 4, bfloat16, batch 8, forward and backward" in findings[3].what
     assert set(used) == {True, False} and ops._enabled
 
 
@@ -180,7 +181,26 @@ def test_what_is_measured_is_kept(
     monkeypatch.setattr(suite, "_training", stopped)
     out = tmp_path / "table.md"
     assert command("benchmark", "--suite", "performance", "--out", out, "--device", "cpu").status == 130
-    assert "the first group | 1.50" in out.read_text()
+    assert "the first group | 1.50" in out.read_text() and "Unfinished" in out.read_text()
+
+
+def test_what_cannot_be_written_is_printed(
+    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+
+    def lost(*args: Any) -> list[Finding]:
+        folder.rmdir()
+        folder.write_text("a file")
+        return [Finding("the first group", [1.5], 1.0)]
+
+    monkeypatch.setattr(suite, "_on_cpu", lost)
+    for name in ("_training", "_others", "data_path_findings", "epoch_findings"):
+        monkeypatch.setattr(suite, name, lambda *args: [Finding("another group", [2.5], 1.0)])
+    monkeypatch.setattr(cli, "where_time_goes", lambda *args: {})
+    outcome = command("benchmark", "--suite", "performance", "--out", folder / "table.md", "--device", "cpu")
+    assert outcome.status == 2 and f"Cannot write to {folder}" in outcome.err
+    assert "the first group | 1.50" in outcome.out and "another group | 2.50" in outcome.out
 
 
 @pytest.mark.parametrize("name", ["performance", "scale"])

@@ -62,11 +62,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
 
 def test_cast_once_as_autocast_would(gpu: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     norm, double, elsewhere = gpu(2, 4, dtype=torch.float32), gpu(2, 4, dtype=torch.float64), torch.randn(2, 4)
-    assert ops.autocast(norm) is norm
+    assert ops.as_autocast(norm) is norm
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)  # it cannot be, without a GPU
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    assert ops.autocast(norm).dtype == torch.bfloat16
-    assert ops.autocast(double) is double and ops.autocast(elsewhere) is elsewhere
+    assert ops.as_autocast(norm).dtype == torch.bfloat16
+    assert ops.as_autocast(double) is double and ops.as_autocast(elsewhere) is elsewhere
 
 
 def test_used_where_they_win(gpu: Callable[..., torch.Tensor]) -> None:
@@ -214,6 +214,7 @@ def test_compiled_for_the_matrix_units(
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.check_output([tool, "-res-usage", tmp_path / "kernel"], text=True)
         spilled = re.findall(r"(?:STACK|LOCAL):([1-9]\d*)", usage)
+        assert "STACK:" in usage and "LOCAL:" in usage
         assert not spilled or (capability == 80 and TRITON < Version("3.9") and spilled == ["24"])
 
 

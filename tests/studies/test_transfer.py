@@ -64,6 +64,16 @@ def test_mistakes(tmp_path: Path, argv: tuple, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_other_classes_in_val(tmp_path: Path) -> None:
+    for name in ("train/ant", "train/bee", "val/ant"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="expected the same in both"):
+        transfer.main([str(tmp_path)])
+    with pytest.raises(UserError, match="val .No such"):
+        (tmp_path / "val").rename(tmp_path / "test")
+        transfer.main([str(tmp_path)])
+
+
 @pytest.mark.slow
 def test_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any) -> None:
     """Each way once, and nothing twice."""

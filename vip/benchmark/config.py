@@ -53,7 +53,7 @@ class TimingConfig(Options):
     """Timing."""
 
     rounds: int = option(5, "rounds, in each of which all models take a turn", low=1)
-    seconds: float = option(1.0, "time of a turn", low=0, high=3600)
+    seconds: float = option(1.0, "time of a turn (default of --suite on a GPU: 0.5)", low=0, high=3600)
     warmup: int = option(3, "steps of a model before anything is timed", low=1)
 
 

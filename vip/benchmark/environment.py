@@ -74,6 +74,9 @@ def _gpu_clocks(uuid: str) -> dict[str, str]:
     if not shutil.which("nvidia-smi"):
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_CLOCKS)}", "--format=csv,noheader", "-i", uuid]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # clocks are worth no measurement
+        return {}
     values = [value.strip() for value in result.stdout.split(",")] if result.returncode == 0 else []
     return {f"gpu_{name}": value for name, value in zip(_GPU_CLOCKS, values, strict=False)}

@@ -239,14 +239,16 @@ def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Findi
     findings = []
     for length, dim, segments in LAYERS:
         size = dim // segments
-        # four batches: one is done before Python, which has nothing to prepare ahead of here, starts the next product
-        shape = (4 * config.batch_size[0], length, length, segments, size)
+        # four batches where the kernels take as much: one product is done before Python has started the next
+        batch = min(4 * config.batch_size[0], (2**31 - 1) // (length**2 * dim))
+        shape = (batch, length, length, segments, size)
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
         if not ops.use_kernels(x):
             return [Finding("kernels against torch", [], remark="they are off, or not for this device")]
         layer = AxisMix(length, size, device=device, dtype=torch.bfloat16)
         for axis, backward in itertools.product((1, 2), (False, True)):
             what = f"{'height' if axis == 1 else 'width'} of {length} tokens, {segments} segments of {size}, bfloat16, "
+            what += f"batch {batch}, "
             what += f"{'forward and backward' if backward else 'forward'}: kernels against torch"
             steps: dict[Hashable, Step] = {on: partial(_mix, layer, x, axis, on, backward) for on in (True, False)}
             flops = 2 * x.numel() * length * size * (3 if backward else 1)

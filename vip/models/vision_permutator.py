@@ -183,7 +183,7 @@ class PermuteMlp(nn.Module):
         """Mix `[B, H, W, C]` along height, width and channels."""
         B, H, W, C = x.shape
         if not torch.jit.is_scripting():
-            x = ops.autocast(x)  # once, not in each branch
+            x = ops.as_autocast(x)  # not in each branch; the gradients of the three are summed in this type, too
         x_bhwns = x.reshape(B, H, W, self.segments, C // self.segments)
         h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
         c = self.mlp_c(x).reshape(x_bhwns.shape)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["autocast", "axis_mix", "set_kernels", "use_kernels"]
+__all__ = ["as_autocast", "axis_mix", "set_kernels", "use_kernels"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -42,8 +42,8 @@ def use_kernels(x: torch.Tensor) -> bool:
 
 
 @torch.jit.unused
-def autocast(x: torch.Tensor) -> torch.Tensor:
-    """A tensor in the type that autocast computes in, on a GPU, where norms are float32: for what reads it often."""
+def as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """Cast what autocast's norms give on a GPU, float32, to what its products take, for all that read it at once."""
     return x.to(_computing_type(x)) if isinstance(x, torch.Tensor) and x.is_cuda else x
 
 

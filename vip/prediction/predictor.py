@@ -172,6 +172,8 @@ def load_predictor(checkpoint: str | Path = "", **options: Any) -> Predictor:
         **options: Options of `PredictConfig`, such as `device`, `img_size`, `use_ema`, `batch_size` and `model`; they
             win over what the checkpoint says.
 
+    As the commands do, it lets a GPU search for the fastest convolutions and use TF32 for float32, in this process.
+
     Raises:
         UserError: If there is neither, or the checkpoint does not fit.
     """

@@ -165,7 +165,7 @@ def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
             with replacing(folder / name) as unfinished:
                 unfinished.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
     except OSError as e:
-        raise UserError(f"Cannot write to {folder} ({e.strerror}); choose another --output.") from e
+        raise UserError(f"Cannot write to {folder} ({e.strerror}); make room, or choose another folder.") from e
     return [folder / name for name in texts]
 
 

@@ -77,7 +77,7 @@ def setup_runtime(
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"Process {local_rank + 1} of this node has no GPU, there are {gpus}: start {gpus}.")
-        _allow_fast_kernels()
+        allow_fast_kernels()
     if kind == "cpu":
         _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -163,7 +163,7 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _allow_fast_kernels() -> None:
+def allow_fast_kernels() -> None:
     """Let a GPU search for the fastest convolutions, and use TF32 where float32 is asked for."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
