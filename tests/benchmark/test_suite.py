@@ -199,7 +199,7 @@ def test_what_cannot_be_written_is_printed(
         monkeypatch.setattr(suite, name, lambda *args: [Finding("another group", [2.5], 1.0)])
     monkeypatch.setattr(cli, "where_time_goes", lambda *args: {})
     outcome = command("benchmark", "--suite", "performance", "--out", folder / "table.md", "--device", "cpu")
-    assert outcome.status == 2 and f"Cannot write to {folder}" in outcome.err
+    assert outcome.status == 2 and f"Cannot write to {folder}" in outcome.err and "--out." in outcome.err
     assert "the first group | 1.50" in outcome.out and "another group | 2.50" in outcome.out
 
 

@@ -82,18 +82,18 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
     out = Path(config.out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder, expected the name of a file for the table.")
-    write_texts(out.parent, {})  # whether it can be written is to be known before
+    write_texts(out.parent, {}, "--out")  # whether it can be written is to be known before
 
     def keep(text: str) -> None:
         """Write what there is so far, as the command may be stopped."""
         try:
-            write_texts(out.parent, {out.name: f"{text}\n\nUnfinished: there is more to measure.\n"})
+            write_texts(out.parent, {out.name: f"{text}\n\nUnfinished: there is more to measure.\n"}, "--out")
         except UserError as e:  # later there may be room again, and what is found is printed in the end
             _logger.warning(str(e))
 
     text, status = (_performance if config.suite == "performance" else _scale)(config, device, keep)
     print(text)
-    write_texts(out.parent, {out.name: text + "\n"})
+    write_texts(out.parent, {out.name: text + "\n"}, "--out")
     return status
 
 

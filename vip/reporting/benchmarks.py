@@ -151,8 +151,13 @@ def json_table(rows: list[Row], environment: dict[str, Any], options: dict[str, 
     return json.dumps({"environment": environment, "options": options, "rows": rows}, indent=2)
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
+def write_texts(folder: Path, texts: dict[str, str], flag: str = "--output") -> list[Path]:
     """Write texts to files of a folder, which is made.
+
+    Args:
+        folder: The folder.
+        texts: Texts by the names of their files.
+        flag: What chose the folder, and can choose another.
 
     Raises:
         UserError: If it cannot be written.
@@ -165,7 +170,7 @@ def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
             with replacing(folder / name) as unfinished:
                 unfinished.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
     except OSError as e:
-        raise UserError(f"Cannot write to {folder} ({e.strerror}); make room, or choose another folder.") from e
+        raise UserError(f"Cannot write to {folder} ({e.strerror}); make room, or choose another {flag}.") from e
     return [folder / name for name in texts]
 
 
