@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     output = Path(args.output)
     try:
-        classes, tested = (sorted(path.name for path in Path(args.data, split).iterdir()) for split in ("train", "val"))
+        classes, tested = (_class_names(Path(args.data, split)) for split in ("train", "val"))
     except OSError as e:
         raise UserError(f"Cannot read {e.filename} ({e.strerror}); give an image folder with train/ and val/.") from e
     if classes != tested:
@@ -64,6 +64,10 @@ def main(argv: list[str]) -> None:
                 rows.append(row | train_and_test(args, way, images, seed, pretrained / "last.pth.tar"))
                 write_csv(rows, output / "results.csv")
     print(table(rows, TUNED), table(rows, TAUGHT), sep="\n\n")
+
+
+def _class_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def _parser() -> argparse.ArgumentParser:

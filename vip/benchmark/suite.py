@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 # tokens along an axis, channels and their segments, of vip_s7, of vip_m7 and vip_l7, and of vip_s14 too
 LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
-MEMORY_BUDGET = 0.6  # lower ones spare little more, and run the kernels of vip.ops twice, which torch takes for free
+MEMORY_BUDGET = 0.6  # lower ones spare little more on a CPU; on a GPU torch would run the kernels of vip.ops twice
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 
 

@@ -76,7 +76,7 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
     if "batch_size" not in given:
         config.batch_size = [256 if gpu else 8]
     if gpu and "seconds" not in given:
-        config.seconds = 0.5  # of more models than on a CPU
+        config.seconds = 0.5  # as there is more to measure than on a CPU
     if len(config.batch_size) > 1:
         raise UserError(f"--suite takes one --batch-size, {len(config.batch_size)} given.")
     out = Path(config.out)
