@@ -143,10 +143,13 @@ def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not suite.kernel_findings(QUICK, CPU)[0].ratios, "torch is not compared with itself"
     monkeypatch.setattr(ops, "use_kernels", lambda x: used.append(ops._enabled) or ops._enabled)
     monkeypatch.setattr(ops, "axis_mix", lambda x, weight, axis: x * weight.sum())
+    added: list[bool] = []
+    monkeypatch.setattr(ops, "weighted_mix", lambda x, *args: added.append(ops._enabled) or x.flatten(3))
     findings = suite.kernel_findings(QUICK, CPU)
-    assert len(findings) == 4 and all(len(finding.ratios) == 2 and finding.target == 1 for finding in findings)
-    assert "width of 4 tokens, 3 segments of 4, bfloat16, batch 8, forward and backward" in findings[3].what
-    assert set(used) == {True, False} and ops._enabled
+    assert len(findings) == 5 and all(len(finding.ratios) == 2 and finding.target == 1 for finding in findings)
+    assert "4x4 tokens, 3 segments of 4, bfloat16, batch 8, inference" in findings[0].what
+    assert "4x4 tokens, 3 segments of 4, bfloat16, batch 8, width, forward and backward" in findings[4].what
+    assert set(used) == {True, False} and set(added) == {True} and ops._enabled
 
 
 @pytest.mark.slow

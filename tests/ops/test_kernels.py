@@ -62,23 +62,77 @@ def check(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int = 0) 
         assert relative_error(found, wanted) < ERRORS[dtype] or (found.double() - wanted).norm() < ERRORS[dtype]
 
 
+def check_add(shape: tuple[int, ...], axis: int, dtype: torch.dtype, base_scaled: bool, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    size, per_channel = shape[axis] * shape[4], (shape[0], 1, 1, *shape[3:])
+    weight = torch.randn(size, size, device=DEVICE) / size**0.5
+    tensors = [
+        torch.randn(shape, device=DEVICE),
+        weight,
+        *(torch.randn(s, device=DEVICE) for s in (per_channel, shape)),
+    ]
+    tensors += [torch.randn(per_channel, device=DEVICE)] if base_scaled else []
+    own = [t.to(dtype).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in own]
+    grad = torch.randn(shape, device=DEVICE).to(dtype)
+    found = kernels.axis_mix_add(own[0], own[1], axis, *own[2:])
+    expected = exact[2] * textbook(exact[0], exact[1], axis) + exact[3] * (exact[4] if base_scaled else 1)
+    assert found.dtype == dtype and found.is_contiguous()
+    pairs = [(found.detach(), expected.detach())]
+    found.backward(grad)
+    expected.backward(grad.double())
+    pairs += [(a.grad, b.grad) for a, b in zip(own, exact, strict=True)]
+    for one, other in pairs:
+        allowed = 2 * ERRORS[dtype]  # of gradients, which pass through what is rounded between two products
+        assert relative_error(one, other) < allowed or (one.double() - other).norm() < allowed
+
+
+SHAPES = [
+    (2, 32, 32, 2, 6),
+    (1, 16, 16, 16, 24),
+    (1, 32, 32, 2, 8),
+    (1, 16, 16, 2, 32),
+    (3, 7, 10, 5, 4),
+    (2, 1, 3, 1, 2),
+]
+
+
 @pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("axis", [1, 2])
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 32, 32, 2, 6), (1, 16, 16, 16, 24), (1, 32, 32, 2, 8), (1, 16, 16, 2, 32), (3, 7, 10, 5, 4), (2, 1, 3, 1, 2)],
-)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_mixes_as_the_textbook(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     check(shape, axis, dtype)
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("base_scaled", [True, False])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adds_as_the_textbook(shape: tuple[int, ...], axis: int, base_scaled: bool, dtype: torch.dtype) -> None:
+    check_add(shape, axis, dtype, base_scaled)
 
 
 sizes = st.integers(1, 9)
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.tuples(st.integers(0, 5), sizes, sizes, sizes, sizes), st.sampled_from([1, 2]), sizes)
-def test_of_any_shape(shape: tuple[int, ...], axis: int, seed: int) -> None:
+@given(st.tuples(st.integers(0, 5), sizes, sizes, sizes, sizes), st.sampled_from([1, 2]), sizes, st.booleans())
+def test_of_any_shape(shape: tuple[int, ...], axis: int, seed: int, base_scaled: bool) -> None:
     check(shape, axis, DTYPE, seed)
+    check_add(shape, axis, DTYPE, base_scaled, seed)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in ERRORS if dtype.itemsize == 2])
+def test_a_sum_is_rounded_once(dtype: torch.dtype) -> None:
+    """What is added errs like float64's result in 16 bits; mixing, scaling and adding one after another err more."""
+    torch.manual_seed(0)
+    x, base = (torch.randn(2, 8, 8, 4, 8, device=DEVICE).to(dtype) for _ in range(2))
+    scale, base_scale = (torch.rand(2, 1, 1, 4, 8, device=DEVICE).to(dtype) for _ in range(2))
+    weight = (torch.randn(64, 64, device=DEVICE) / 8).to(dtype)
+    exact = base_scale.double() * base.double() + scale.double() * textbook(x.double(), weight.double(), 1)
+    steps = torch.addcmul(base * base_scale, kernels.axis_mix(x, weight, 1), scale)
+    at_once = kernels.axis_mix_add(x, weight, 1, scale, base, base_scale)
+    assert relative_error(at_once, exact) < 1.02 * relative_error(exact.to(dtype), exact) < relative_error(steps, exact)
 
 
 def test_many_rows_are_summed_in_parts() -> None:
@@ -90,7 +144,15 @@ def test_many_rows_are_summed_in_parts() -> None:
 def test_is_the_same_to_the_bit_again() -> None:
     x = torch.randn(2, 8, 8, 4, 6, device=DEVICE).half()
     weight = torch.randn(48, 48, device=DEVICE).half()
-    first, *others = ((kernels.axis_mix(x, weight, 1), kernels.axis_mix_weight_grad(x, x, 1)) for _ in range(3))
+    scale = torch.randn(2, 1, 1, 4, 6, device=DEVICE).half()
+    first, *others = (
+        (
+            kernels.axis_mix(x, weight, 1),
+            kernels.axis_mix_add(x, weight, 1, scale, x, scale),
+            kernels.axis_mix_weight_grad(x, x, 1),
+        )
+        for _ in range(3)
+    )
     assert all(torch.equal(own, again) for other in others for own, again in zip(first, other, strict=True))
 
 
@@ -99,6 +161,10 @@ def test_of_any_memory_layout() -> None:
     weight = torch.randn(12, 12, device=DEVICE, dtype=DTYPE).t()
     error = relative_error(kernels.axis_mix(x, weight, 1), textbook(x.double(), weight.double(), 1))
     assert not x.is_contiguous() and not weight.is_contiguous() and error < ERRORS[DTYPE]
+    scale, base_scale = torch.randn(2, 1, 1, *x.shape[3:], 2, device=DEVICE, dtype=DTYPE).unbind(-1)
+    added = kernels.axis_mix_add(x, weight, 1, scale, x, base_scale)
+    exact = textbook(x.double(), weight.double(), 1) * scale.double() + x.double() * base_scale.double()
+    assert not scale.is_contiguous() and relative_error(added, exact) < ERRORS[DTYPE]
 
 
 @pytest.mark.parametrize("weight", [(8, 6), (10, 10), (16,)])
@@ -114,6 +180,19 @@ def test_refuses_another_type_and_another_axis() -> None:
     for axis, other in ((0, x), (3, x), (1, x[0])):
         with pytest.raises(ValueError, match=r"expected 1 \(height\) or 2 \(width\)"):
             kernels.axis_mix(other, torch.empty(8, 8, device=DEVICE), axis)
+
+
+def test_refuses_what_does_not_fit_to_be_added() -> None:
+    x, weight = torch.empty(2, 4, 4, 3, 2, device=DEVICE), torch.empty(8, 8, device=DEVICE)
+    scale = torch.empty(2, 1, 1, 3, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"scale is \[1, 1, 1, 3, 2\] in torch.float32, expected \[2, 1, 1, 3, 2\]"):
+        kernels.axis_mix_add(x, weight, 1, scale[:1], x)
+    with pytest.raises(ValueError, match=r"base is \[2, 4, 4, 3, 2\] in torch.float64, .* in torch.float32"):
+        kernels.axis_mix_add(x, weight, 1, scale, x.double())
+    with pytest.raises(ValueError, match=r"base_scale is \[2, 3, 2\]"):
+        kernels.axis_mix_add(x, weight, 1, scale, x, scale[:, 0, 0])
+    with pytest.raises(ValueError, match=r"expected 8 x 8"):
+        kernels.axis_mix_add(x, weight[:6, :6], 1, scale, x)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -137,6 +216,9 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert grad.shape == weight.shape and x.grad is None
     with torch.no_grad():
         assert not kernels.axis_mix(x, weight, 2).requires_grad
+    base = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(kernels.axis_mix_add(x, weight.detach(), 2, x[:, :1, :1], base).sum(), base)
+    assert torch.equal(grad, torch.ones_like(base)) and weight.grad is None
 
 
 def test_is_a_good_operator() -> None:
@@ -144,22 +226,40 @@ def test_is_a_good_operator() -> None:
     weight = torch.randn(8, 8, device=DEVICE, dtype=DTYPE, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration") + (() if INTERPRETED else ("test_faketensor",))
     torch.library.opcheck(kernels.axis_mix, (x, weight, 1), test_utils=checks)
+    scale = torch.randn(2, 1, 1, 2, 2, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    for base_scale in (scale, None):
+        torch.library.opcheck(kernels.axis_mix_add, (x, weight, 1, scale, x, base_scale), test_utils=checks)
     torch.library.opcheck(kernels.axis_mix_weight_grad, (x.detach(), x.detach(), 1), test_utils=checks)
 
 
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the operators that a model calls, once the kernels are said to win."""
+    names: list[str] = []
+    for name in ("axis_mix", "axis_mix_add"):
+        own = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, name=name, own=own: names.append(name) or own(*args))
+    return names
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="float32")
-def test_models_compute_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients of a whole model, the kernels in every block."""
+@pytest.mark.parametrize("training", [True, False])
+def test_models_compute_what_they_did(training: bool, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of a whole model, the kernels in every block; they add where no branch needs a gradient."""
     torch.manual_seed(0)
     model = timm.create_model("vip_nano4_32", num_classes=5).to(DEVICE)
+    parameters = list(model.parameters()) if training else list(model.head.parameters())
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_()
     images, labels = torch.randn(2, 3, 32, 32, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
     found = []
     for own in (False, True):
-        calls: list[int] = []
-        monkeypatch.setattr(ops, "use_kernels", lambda x, own=own, calls=calls: calls.append(1) or own)
+        monkeypatch.setattr(ops, "use_kernels", lambda x, own=own: own)
         loss = torch.nn.functional.cross_entropy(model(images), labels)
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-        assert len(calls) == 2 * sum(len(stage) for stage in model.network if isinstance(stage, torch.nn.Sequential))
+        found.append([loss, *torch.autograd.grad(loss, parameters)])
+    blocks = sum(len(stage) for stage in model.network if isinstance(stage, torch.nn.Sequential))
+    assert called[: 2 * blocks] == 2 * blocks * ["axis_mix" if training else "axis_mix_add"]
     for own, other in zip(*found, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
@@ -215,7 +315,7 @@ def test_inference_on_a_gpu(ready: str, dtype: torch.dtype) -> None:
     own: Callable[..., torch.Tensor] = optimize_for_inference(model, dtype, compiled=ready == "compiled")
     if ready == "exported":
         program = torch.export.export(own, (images.to(dtype),))
-        assert "vip.axis_mix.default" in {str(node.target) for node in program.graph.nodes}
+        assert "vip.axis_mix_add.default" in {str(node.target) for node in program.graph.nodes}
         own = program.module()
     with torch.inference_mode():
         assert relative_error(own(images.to(dtype)), exact) < 1.2 * plain < 0.1

@@ -1,7 +1,6 @@
 """The performance suite: what is said of speed, measured in one run against what it is said to be faster than."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, sync
 from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
 from vip.data.augmentation import import_fast_images
-from vip.models.vision_permutator import AxisMix
+from vip.models.vision_permutator import AxisMix, PermuteMlp
 
 _logger = logging.getLogger(__name__)
 
@@ -245,37 +244,47 @@ def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Findi
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
         if not ops.use_kernels(x):
             return [Finding("kernels against torch", [], remark="they are off, or not for this device")]
-        layer = AxisMix(length, size, device=device, dtype=torch.bfloat16)
-        for axis, backward in itertools.product((1, 2), (False, True)):
-            what = f"{'height' if axis == 1 else 'width'} of {length} tokens, {segments} segments of {size}, bfloat16, "
-            what += f"batch {batch}, "
-            what += f"{'forward and backward' if backward else 'forward'}: kernels against torch"
-            steps: dict[Hashable, Step] = {on: partial(_mix, layer, x, axis, on, backward) for on in (True, False)}
-            flops = 2 * x.numel() * length * size * (3 if backward else 1)
-            findings.append(_kernel_finding(what, steps, flops, config, device))
+        mlp = PermuteMlp(dim, segments, (length, length), device=device, dtype=torch.bfloat16)
+        product = 2 * x.numel() * length * size
+        steps = {"inference": (partial(_infer, mlp, x.detach().flatten(3)), 2 * product + 4 * x.numel() * dim)}
+        for axis, layer in ((1, mlp.mlp_h), (2, mlp.mlp_w)):
+            line = "height" if axis == 1 else "width"
+            steps[f"{line}, forward"] = partial(_mix, layer, x, axis, False), product
+            steps[f"{line}, forward and backward"] = partial(_mix, layer, x, axis, True), 3 * product
+        for name, (step, flops) in steps.items():
+            what = f"{length}x{length} tokens, {segments} segments of {size}, bfloat16, batch {batch}, {name}"
+            findings.append(_kernel_finding(f"{what}: kernels against torch", step, flops, config, device))
     return findings
 
 
-def _kernel_finding(
-    what: str, steps: dict[Hashable, Step], flops: int, config: BenchmarkConfig, device: torch.device
-) -> Finding:
-    for step in steps.values():
-        step()  # compiles
+def _kernel_finding(what: str, step: Step, flops: int, config: BenchmarkConfig, device: torch.device) -> Finding:
+    steps: dict[Hashable, Step] = {on: partial(_with_kernels, on, step) for on in (True, False)}
+    for run in steps.values():
+        run()  # compiles
     turns = take_turns(steps, config.rounds, config.seconds / 10, device)
     own, other = (turns[on].seconds for on in (True, False))
     remark = f"{median(own) * 1e6:,.0f} and {median(other) * 1e6:,.0f} us; {flops / median(own) / 1e12:,.0f} TFLOP/s"
     return Finding(what, [b / a for a, b in zip(own, other, strict=True)], 1.0, remark=remark)
 
 
-def _mix(layer: AxisMix, x: torch.Tensor, axis: int, on: bool, backward: bool) -> None:
+def _with_kernels(on: bool, step: Step) -> None:
     ops.set_kernels(on)
     try:
-        with torch.set_grad_enabled(backward):
-            mixed = layer.mix(x, axis).contiguous()  # in the layout that what follows reads
-        if backward:
-            torch.autograd.grad(mixed, (x, layer.weight), mixed)
+        step()
     finally:
         ops.set_kernels(None)
+
+
+def _infer(mlp: PermuteMlp, x: torch.Tensor) -> None:
+    with torch.inference_mode():
+        mlp(x)
+
+
+def _mix(layer: AxisMix, x: torch.Tensor, axis: int, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        mixed = layer.mix(x, axis).contiguous()  # in the layout that what follows reads
+    if backward:
+        torch.autograd.grad(mixed, (x, layer.weight), mixed)
 
 
 def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:

@@ -184,17 +184,32 @@ class PermuteMlp(nn.Module):
         B, H, W, C = x.shape
         if not torch.jit.is_scripting():
             x = ops.as_autocast(x)  # not in each branch; the gradients of the three are summed in this type, too
-        x_bhwns = x.reshape(B, H, W, self.segments, C // self.segments)
+        S = C // self.segments
+        x_bhwns = x.reshape(B, H, W, self.segments, S)
+        if not torch.jit.is_scripting() and ops.use_weighted_mix(x_bhwns, self.mlp_h.weight):
+            weights = self.mlp_h.weight_for(H * S), self.mlp_w.weight_for(W * S)
+            return self.proj_drop(self.proj(ops.weighted_mix(x_bhwns, *weights, self.mlp_c, self.branch_weights)))
         h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 
-        # one weight per sample, channel and branch; fc2 lays its outputs out as [C, 3]
         # sums, as a mean on a CPU copies what it reads in 16 bits to float32, and its gradient is no view
-        pooled = (h.sum(1) + w.sum(1) + c.sum(1)).mean(1).reshape(B, C) / H
-        a = self.reweight(pooled).reshape(B, 1, 1, self.segments, C // self.segments, 3).movedim(-1, 0).softmax(0)
+        a = self.branch_weights((h.sum(1) + w.sum(1) + c.sum(1)).mean(1) / H)
         a_h, a_w, a_c = a.to(c.dtype).unbind(0)  # autocast's softmax is float32, and would make what it weighs so
         mixed = (c * a_c).addcmul_(w, a_w).addcmul_(h, a_h)
         return self.proj_drop(self.proj(mixed.reshape(x.shape)))
+
+    def branch_weights(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Weigh the branches of height, width and channels, a sample and a channel at a time (eq. 4-6 of the paper).
+
+        Args:
+            pooled: Mean over the tokens of the sum of the branches, `[B, N, S]`.
+
+        Returns:
+            `[3, B, 1, 1, N, S]`.
+        """
+        B, N, S = pooled.shape
+        a = self.reweight(pooled.flatten(1)).reshape(B, 1, 1, N, S, 3)  # fc2 lays its outputs out as [C, 3]
+        return a.movedim(-1, 0).softmax(0)
 
 
 class PermutatorBlock(nn.Module):

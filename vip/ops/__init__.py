@@ -7,11 +7,13 @@ computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the environment has 
 """
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ["as_autocast", "axis_mix", "set_kernels", "use_kernels"]
+__all__ = ["as_autocast", "axis_mix", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -42,6 +44,12 @@ def use_kernels(x: torch.Tensor) -> bool:
 
 
 @torch.jit.unused
+def use_weighted_mix(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `weighted_mix` is to mix `[B, H, W, N, S]`: where no gradient has to know a branch by itself."""
+    return use_kernels(x) and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+@torch.jit.unused
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
     """Cast what autocast's norms give on a GPU, float32, to what its products take, for all that read it at once."""
     return x.to(_computing_type(x)) if isinstance(x, torch.Tensor) and x.is_cuda else x
@@ -64,3 +72,44 @@ def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
 
     dtype = _computing_type(x)
     return kernels.axis_mix(x.to(dtype), weight.to(dtype), axis)
+
+
+@torch.jit.unused
+def weighted_mix(
+    x: torch.Tensor,
+    weight_h: torch.Tensor,
+    weight_w: torch.Tensor,
+    mlp_c: Callable[[torch.Tensor], torch.Tensor],
+    branch_weights: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Weighted sum of the three branches of a Permute-MLP, none of which is in memory by itself but that of channels.
+
+    The weights of the branches need their means over the tokens. The branches are linear, so that these are what they
+    give for means over the tokens, and known before any token is mixed; what is mixed is added already weighed.
+
+    Args:
+        x: `[B, H, W, N, S]`.
+        weight_h: Matrix that mixes along the height, see `axis_mix`.
+        weight_w: The same for the width.
+        mlp_c: Mixes the channels, `[..., N * S]`.
+        branch_weights: Gives weights `[3, B, 1, 1, N, S]` of the mean of the sum of the branches, `[B, N, S]`.
+
+    Returns:
+        `[B, H, W, N * S]`.
+    """
+    from . import kernels
+
+    dtype = _computing_type(x)
+    x, weight_h, weight_w = x.to(dtype), weight_h.to(dtype), weight_w.to(dtype)
+    column, row = x.mean(2), x.mean(1)  # [B, H, N, S] and [B, W, N, S]
+    pooled = _mean_of_mixed(column, weight_h) + _mean_of_mixed(row, weight_w)
+    pooled = pooled + mlp_c(row.mean(1).flatten(1)).view_as(pooled)
+    a_h, a_w, a_c = branch_weights(pooled).to(dtype).unbind(0)
+    mixed = kernels.axis_mix_add(x, weight_h, 1, a_h, mlp_c(x.flatten(3)).view_as(x), a_c)
+    return kernels.axis_mix_add(x, weight_w, 2, a_w, mixed).flatten(3)
+
+
+def _mean_of_mixed(line: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of lines `[B, L, N, S]` once they are mixed, `[B, N, S]`."""
+    mean_row = weight.unflatten(0, (line.shape[1], -1)).mean(0)  # [S, L * S]
+    return F.linear(line.transpose(1, 2).flatten(2), mean_row)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-__all__ = ["axis_mix", "axis_mix_weight_grad"]
+__all__ = ["axis_mix", "axis_mix_add", "axis_mix_weight_grad"]
 
 
 @triton.jit
@@ -38,6 +38,9 @@ def _mix_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
+    scale_ptr,  # None, and so are the next two: what is mixed is all
+    base_ptr,
+    base_scale_ptr,  # None: one
     rows,
     image_stride,
     weight_out_stride,
@@ -72,11 +75,21 @@ def _mix_kernel(
         )
         mixed = tl.dot(x, weight, mixed, input_precision="ieee")
 
-    tl.store(
-        out_ptr + row_offset + _column_offsets(column, AXIS_STRIDE, DIM)[None, :],
-        mixed.to(out_ptr.dtype.element_ty),
-        mask=(row < rows)[:, None] & (column < SIZE)[None, :],
-    )
+    # by halves, as all that is added at once takes registers that a second program could use
+    first, second = tl.split(mixed.reshape(BLOCK_ROWS, 2, BLOCK_OUT // 2).permute(0, 2, 1))
+    image, segment = row // (OTHER_SIZE * SEGMENTS), row % SEGMENTS
+    for half in tl.static_range(2):
+        out = first if half == 0 else second
+        column = (block % blocks) * BLOCK_OUT + half * (BLOCK_OUT // 2) + tl.arange(0, BLOCK_OUT // 2)
+        offset = row_offset + _column_offsets(column, AXIS_STRIDE, DIM)[None, :]
+        mask = (row < rows)[:, None] & (column < SIZE)[None, :]
+        if scale_ptr is not None:
+            channel = ((image * SEGMENTS + segment) * DIM)[:, None] + (column % DIM)[None, :]
+            base = tl.load(base_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            if base_scale_ptr is not None:
+                base *= tl.load(base_scale_ptr + channel, mask=mask, other=0.0)
+            out = base + out * tl.load(scale_ptr + channel, mask=mask, other=0.0)
+        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -139,6 +152,50 @@ def _layout(x: torch.Tensor, axis: int) -> dict[str, int]:
     )
 
 
+def _mix(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    axis: int,
+    scale: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+    base_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if x.ndim != 5 or axis not in (1, 2):
+        raise ValueError(f"Axis {axis} of {x.ndim} dimensions, expected 1 (height) or 2 (width) of [B, H, W, N, S].")
+    size = x.shape[axis] * x.shape[4]
+    if weight.shape != (size, size) or weight.dtype != x.dtype:
+        line = f"{'height' if axis == 1 else 'width'} of {x.shape[axis]}"
+        raise ValueError(
+            f"A weight of {' x '.join(map(str, weight.shape))} in {weight.dtype}, expected {size} x {size} for a "
+            f"{line} and segments of {x.shape[4]} channels in {x.dtype}."
+        )
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    layout, rows = _layout(x, axis), x.numel() // size
+    if size % 128:  # 192 of vip_s7 is three times 64; its segments of 6 channels take more registers to read
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
+    elif scale is None:
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
+    else:  # which takes 106 registers instead of 135 on an H100, and so leaves room for a second program
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=32, num_warps=8, num_stages=4)
+    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
+    _launchable(_mix_kernel)[grid](
+        x,
+        weight,
+        out,
+        scale,
+        base,
+        base_scale,
+        rows,
+        x.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        **layout,
+        **blocks,
+    )
+    return out
+
+
 @triton_op("vip::axis_mix", mutates_args=())
 def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
     """Mix the tokens along an axis, a segment of the channels at a time (arXiv 2106.12368, section 3.2).
@@ -154,35 +211,46 @@ def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
     Raises:
         ValueError: If the axis is another, or the weight does not fit the axis, the segments and the type.
     """
-    if x.ndim != 5 or axis not in (1, 2):
-        raise ValueError(f"Axis {axis} of {x.ndim} dimensions, expected 1 (height) or 2 (width) of [B, H, W, N, S].")
-    size = x.shape[axis] * x.shape[4]
-    if weight.shape != (size, size) or weight.dtype != x.dtype:
-        line = f"{'height' if axis == 1 else 'width'} of {x.shape[axis]}"
-        raise ValueError(
-            f"A weight of {' x '.join(map(str, weight.shape))} in {weight.dtype}, expected {size} x {size} for a "
-            f"{line} and segments of {x.shape[4]} channels in {x.dtype}."
-        )
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    layout, rows = _layout(x, axis), x.numel() // size
-    if size % 128:  # 192 of vip_s7 is three times 64; its segments of 6 channels take more registers to read
-        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
-    else:
-        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
-    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
-    _launchable(_mix_kernel)[grid](
-        x,
-        weight,
-        out,
-        rows,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        **layout,
-        **blocks,
-    )
-    return out
+    return _mix(x, weight, axis)
+
+
+@triton_op("vip::axis_mix_add", mutates_args=())
+def axis_mix_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    axis: int,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    base_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mix the tokens along an axis and add them to others, `base_scale * base + scale * mixed`, in one pass.
+
+    Nothing that is mixed is kept for the backward pass, which mixes again.
+
+    Args:
+        x: As `axis_mix` takes it, and `weight` and `axis`.
+        weight: As there.
+        axis: As there.
+        scale: Of each image and channel, `[B, 1, 1, N, S]` in the type of `x`.
+        base: What to add to, in the shape and type of `x`.
+        base_scale: As `scale`; None: one.
+
+    Returns:
+        `[B, H, W, N, S]`, contiguous. All is computed in float32, and rounded once.
+
+    Raises:
+        ValueError: As `axis_mix` does, or if a scale or the base has another shape or type.
+    """
+    per_channel = (x.shape[0], 1, 1, *x.shape[3:])
+    for name, t, shape in (
+        ("scale", scale, per_channel),
+        ("base", base, x.shape),
+        ("base_scale", base_scale, per_channel),
+    ):
+        if t is not None and (t.shape != shape or t.dtype != x.dtype):
+            raise ValueError(f"{name} is {list(t.shape)} in {t.dtype}, expected {list(shape)} in {x.dtype}.")
+    base_scale = None if base_scale is None else base_scale.contiguous()
+    return _mix(x, weight, axis, scale.contiguous(), base.contiguous(), base_scale)
 
 
 @triton_op("vip::axis_mix_weight_grad", mutates_args=())
@@ -222,6 +290,28 @@ def axis_mix_weight_grad(grad: torch.Tensor, x: torch.Tensor, axis: int) -> torc
     return out.sum(0).to(x.dtype)
 
 
+def _save_add(ctx, inputs, output) -> None:
+    x, weight, ctx.axis, scale, base, base_scale = inputs
+    ctx.save_for_backward(x, weight, scale, *([] if base_scale is None else [base, base_scale]))
+
+
+def _backward_of_add(ctx, grad):
+    x, weight, scale, *scaled_base = ctx.saved_tensors
+    needs_x, needs_weight, _, needs_scale, *_ = ctx.needs_input_grad
+    scaled = grad * scale
+    grad_x = axis_mix(scaled, weight.t(), ctx.axis) if needs_x else None
+    grad_weight = axis_mix_weight_grad(scaled, x, ctx.axis) if needs_weight else None
+    grad_scale = _sum_of_tokens(grad * axis_mix(x, weight, ctx.axis)) if needs_scale else None
+    if not scaled_base:
+        return grad_x, grad_weight, None, grad_scale, grad, None
+    base, base_scale = scaled_base
+    return grad_x, grad_weight, None, grad_scale, grad * base_scale, _sum_of_tokens(grad * base)
+
+
+def _sum_of_tokens(x: torch.Tensor) -> torch.Tensor:
+    return x.sum((1, 2), keepdim=True)
+
+
 def _save(ctx, inputs, output) -> None:
     x, weight, ctx.axis = inputs
     ctx.save_for_backward(x, weight)
@@ -240,5 +330,6 @@ def _backward_of_weight_grad(ctx, grad):
     return axis_mix(x, grad, ctx.axis), axis_mix(mixed, grad.t(), ctx.axis), None
 
 
+axis_mix_add.register_autograd(_backward_of_add, setup_context=_save_add)
 axis_mix.register_autograd(_backward, setup_context=_save)
 axis_mix_weight_grad.register_autograd(_backward_of_weight_grad, setup_context=_save)
