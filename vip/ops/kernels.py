@@ -298,7 +298,7 @@ def _save_add(ctx, inputs, output) -> None:
 def _backward_of_add(ctx, grad):
     x, weight, scale, *scaled_base = ctx.saved_tensors
     needs_x, needs_weight, _, needs_scale, *_ = ctx.needs_input_grad
-    scaled = grad * scale
+    scaled = _in_memory(grad * scale)
     grad_x = axis_mix(scaled, weight.t(), ctx.axis) if needs_x else None
     grad_weight = axis_mix_weight_grad(scaled, x, ctx.axis) if needs_weight else None
     grad_scale = _sum_of_tokens(grad * axis_mix(x, weight, ctx.axis)) if needs_scale else None
@@ -306,6 +306,12 @@ def _backward_of_add(ctx, grad):
         return grad_x, grad_weight, None, grad_scale, grad, None
     base, base_scale = scaled_base
     return grad_x, grad_weight, None, grad_scale, grad * base_scale, _sum_of_tokens(grad * base)
+
+
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """Keep what two kernels read: torch.compile would compute it for each of them, but not what is viewed like this."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 def _sum_of_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -320,6 +326,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, _ = ctx.needs_input_grad
+    grad = _in_memory(grad)
     grad_x = axis_mix(grad, weight.t(), ctx.axis) if needs_x else None
     return grad_x, axis_mix_weight_grad(grad, x, ctx.axis) if needs_weight else None, None
 
