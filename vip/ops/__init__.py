@@ -7,7 +7,7 @@ computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the environment has 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import torch
@@ -44,9 +44,11 @@ def use_kernels(x: torch.Tensor) -> bool:
 
 
 @torch.jit.unused
-def use_weighted_mix(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def use_weighted_mix(x: torch.Tensor, parameters: Iterable[torch.Tensor]) -> bool:
     """Whether `weighted_mix` is to mix `[B, H, W, N, S]`: where no gradient has to know a branch by itself."""
-    return use_kernels(x) and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    if not use_kernels(x):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
 
 
 @torch.jit.unused

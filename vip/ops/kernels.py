@@ -176,7 +176,7 @@ def _mix(
         blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
     elif scale is None:
         blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
-    else:  # which takes 106 registers instead of 135 on an H100, and so leaves room for a second program
+    else:  # which takes about 106 registers instead of 135 on an H100, and so leaves room for a second program
         blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=32, num_warps=8, num_stages=4)
     grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
     _launchable(_mix_kernel)[grid](
@@ -225,7 +225,7 @@ def axis_mix_add(
 ) -> torch.Tensor:
     """Mix the tokens along an axis and add them to others, `base_scale * base + scale * mixed`, in one pass.
 
-    Nothing that is mixed is kept for the backward pass, which mixes again.
+    What is mixed is not kept for the backward pass, which mixes again; models that learn use `axis_mix` instead.
 
     Args:
         x: As `axis_mix` takes it, and `weight` and `axis`.
