@@ -193,6 +193,24 @@ def test_of_a_size_that_is_resampled_to(monkeypatch: pytest.MonkeyPatch) -> None
     assert sizes[0] / sizes[1] == 12 / 10, "tokens"
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice between adding and not is made while torch.compile traces."""
+    from vip.ops import kernels
+
+    torch._dynamo.reset()
+    model, images = timm.create_model("vip_nano4_32").eval(), torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(training):
+        expected = model(images)
+        monkeypatch.setattr(ops, "use_kernels", lambda x: True)
+        mix = partial(add_in_torch, [], scale=1, base=0)
+        monkeypatch.setattr(kernels, "axis_mix", mix if training else None)
+        monkeypatch.setattr(kernels, "axis_mix_add", None if training else partial(add_in_torch, []))
+        logits = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+    assert logits.requires_grad == training
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
     """Kernels with the arguments that they are launched with."""
     from vip.ops import kernels

@@ -105,9 +105,9 @@ def weighted_mix(
     x, weight_h, weight_w = x.to(dtype), weight_h.to(dtype), weight_w.to(dtype)
     column, row = x.mean(2), x.mean(1)  # [B, H, N, S] and [B, W, N, S]
     pooled = _mean_of_mixed(column, weight_h) + _mean_of_mixed(row, weight_w)
-    pooled = pooled + mlp_c(row.mean(1).flatten(1)).view_as(pooled)
+    pooled = pooled + mlp_c(row.mean(1).flatten(1)).reshape(pooled.shape)
     a_h, a_w, a_c = branch_weights(pooled).to(dtype).unbind(0)
-    mixed = kernels.axis_mix_add(x, weight_h, 1, a_h, mlp_c(x.flatten(3)).view_as(x), a_c)
+    mixed = kernels.axis_mix_add(x, weight_h, 1, a_h, mlp_c(x.flatten(3)).reshape(x.shape), a_c)
     return kernels.axis_mix_add(x, weight_w, 2, a_w, mixed).flatten(3)
 
 
