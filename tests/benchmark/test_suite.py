@@ -3,7 +3,9 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,7 +107,7 @@ def test_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with small models, compiled as the large ones are."""
     prepare, model = suite.prepare, "vip_nano4_32"
     monkeypatch.setattr(suite, "prepare", lambda case, *rest: prepare(dataclasses.replace(case, model=model), *rest))
-    for group in (suite._on_gpu, suite._training):
+    for group in (suite._on_gpu, suite._training, suite._lean_training):
         assert all(finding.ratios for finding in group(QUICK, torch.device("cuda")))
 
 
@@ -132,21 +134,21 @@ def test_a_batch_that_was_halved_is_told() -> None:
 
 
 def test_rows_of_training(small_models: None) -> None:
-    findings = suite._training(QUICK, CPU)
-    assert len(findings) == 8 and all(finding.ratios and finding.target is None for finding in findings)
-    for row in (3, 4):
-        assert "vip_s7 float32 compiled (memory budget 0.6) against textbook vip_s7 float32 eager" in findings[row].what
+    findings, lean = suite._training(QUICK, CPU), suite._lean_training(QUICK, CPU)
+    assert len(findings) == 6 and len(lean) == 2
+    assert all(finding.ratios and finding.target is None for finding in findings + lean)
+    for finding in lean:
+        assert "vip_s7 float32 compiled (memory budget 0.6) against textbook vip_s7 float32 eager" in finding.what
 
 
 def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "LAYERS", ((4, 12, 3),))
-    used: list[bool] = []
-    assert not suite.kernel_findings(QUICK, CPU)[0].ratios, "torch is not compared with itself"
+    layer, used = (4, 12, 3), []
+    assert not suite.kernel_findings(layer, QUICK, CPU)[0].ratios, "torch is not compared with itself"
     monkeypatch.setattr(ops, "use_kernels", lambda x: used.append(ops._enabled) or ops._enabled)
     monkeypatch.setattr(ops, "axis_mix", lambda x, weight, axis: x * weight.sum())
     added: list[bool] = []
     monkeypatch.setattr(ops, "weighted_mix", lambda x, *args: added.append(ops._enabled) or x.flatten(3))
-    findings = suite.kernel_findings(QUICK, CPU)
+    findings = suite.kernel_findings(layer, QUICK, CPU)
     assert len(findings) == 5 and all(len(finding.ratios) == 2 and finding.target == 1 for finding in findings)
     assert "4x4 tokens, 3 segments of 4, bfloat16, batch 8, inference" in findings[0].what
     assert "4x4 tokens, 3 segments of 4, bfloat16, batch 8, width, forward and backward" in findings[4].what
@@ -172,11 +174,16 @@ def test_the_suite_writes_every_row(
     for what in ("float32 eager against textbook", "training step", "vip_m7", "fast-images", "peak memory"):
         assert what in table
     assert "| inference: textbook vip_s7 float32 eager |" in table and "matrix products" in table
-    assert "| epoch_findings | not measured |" in table and "no epoch" in table
+    assert "| time of an epoch | not measured |" in table and "no epoch" in table
+
+
+@pytest.fixture
+def no_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "where_time_goes", lambda *args: {})
 
 
 def test_what_is_measured_is_kept(
-    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_shares: None
 ) -> None:
     def stopped(*args: Any) -> Any:
         raise KeyboardInterrupt
@@ -188,8 +195,39 @@ def test_what_is_measured_is_kept(
     assert "the first group | 1.50" in out.read_text() and "Unfinished" in out.read_text()
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_targets_come_first_and_the_rest_while_there_is_time(
+    kind: str, command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_shares: None
+) -> None:
+    now, asked = [0.0], []
+
+    def find(name: str, *args: Any) -> list[Finding]:
+        now[0] += 60
+        asked.append(name)
+        return [Finding(f"{name} {args[:-2]}", [1.5])]
+
+    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cli, "setup_runtime", lambda name: SimpleNamespace(device=torch.device(kind)))
+    for place in (suite, cli):
+        monkeypatch.setattr(place, "free_memory" if place is suite else "environment", lambda device: {})
+    monkeypatch.setattr(cli, "clocks", lambda device: {})
+    targets = ["_on_gpu" if kind == "cuda" else "_on_cpu", "_training", "_lean_training", "_data_path", "_epoch"]
+    for name in (*targets, "_other", "kernel_findings"):
+        monkeypatch.setattr(suite, name, partial(find, name))
+    out = tmp_path / "table.md"
+    assert command("benchmark", "--suite", "performance", "--out", out, "--minutes", 6.5).status == 0
+    assert asked == [*targets, "_other", "_other"], "the last was begun in time"
+    left_out = [line for line in out.read_text().splitlines() if "--minutes" in line]
+    assert len(left_out) == (2 * 4 - 2) + (4 if kind == "cuda" else 0) and "not measured" in left_out[0]
+    assert "| inference, vip_l7 |" in left_out[0]
+
+    asked.clear()
+    assert command("benchmark", "--suite", "performance", "--out", out).status == 0
+    assert len(asked) == (7 if kind == "cuda" else 13), "seven minutes on a GPU"
+
+
 def test_what_cannot_be_written_is_printed(
-    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_shares: None
 ) -> None:
     folder = tmp_path / "folder"
 
@@ -199,9 +237,8 @@ def test_what_cannot_be_written_is_printed(
         return [Finding("the first group", [1.5], 1.0)]
 
     monkeypatch.setattr(suite, "_on_cpu", lost)
-    for name in ("_training", "_others", "data_path_findings", "epoch_findings"):
+    for name in ("_training", "_lean_training", "_other", "_data_path", "_epoch"):
         monkeypatch.setattr(suite, name, lambda *args: [Finding("another group", [2.5], 1.0)])
-    monkeypatch.setattr(cli, "where_time_goes", lambda *args: {})
     outcome = command("benchmark", "--suite", "performance", "--out", folder / "table.md", "--device", "cpu")
     assert outcome.status == 2 and f"Cannot write to {folder}" in outcome.err and "--out." in outcome.err
     assert "the first group | 1.50" in outcome.out and "another group | 2.50" in outcome.out
@@ -223,6 +260,8 @@ def test_what_is_missing_is_said_before_anything_is_measured(
     [
         (("--suite", "performance"), "add --out FILE"),
         (("--out", "x"), "--out is for the table of --suite"),
+        (("--minutes", "5"), "--minutes is for --suite performance"),
+        (("--suite", "scale", "--out", "x", "--minutes", "5"), "leave out --minutes"),
         (("--suite", "performance", "--out", "x", "--models", "vip_s7"), "leave out --models"),
         (("--suite", "performance", "--out", "."), "--out . is a folder"),
         (("--suite", "scale", "--out", "x", "-b", "4", "8"), "--suite takes one --batch-size, 2 given"),

@@ -2,9 +2,12 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
+from math import inf
 from statistics import median
 
 import torch
@@ -72,35 +75,76 @@ class Finding:
         return "yes" if (found <= self.target if self.at_most else found >= self.target) else "no"
 
 
-def run_suite(
-    config: BenchmarkConfig, device: torch.device, on_findings: Callable[[list[Finding]], object]
-) -> list[Finding]:
-    """Measure everything that can be measured on a device, group by group; what fails is a finding with a remark.
+@dataclass(frozen=True)
+class Part:
+    """What is measured at once.
 
-    Args:
-        config: Rounds, seconds and warm-up; batch size of the models, the first of `batch_size`.
-        device: Device of the models.
-        on_findings: Called after each group with all that was found so far.
+    Attributes:
+        name: What it is called where it fails or is left out.
+        find: Measures it.
+        beside: It is no target of `vip_s7`, and left out when time is over.
+    """
 
-    Returns:
-        What was found.
+    name: str
+    find: Callable[[BenchmarkConfig, torch.device], list[Finding]]
+    beside: bool = False
+
+
+def check_suite() -> None:
+    """Refuse to measure where something that the suite needs is missing.
 
     Raises:
         UserError: If the textbook models or libraries are not there.
     """
-    textbook(torch.nn.Identity())  # what is missing is to be known before anything is measured
+    textbook(torch.nn.Identity())
     import_fast_images()
+
+
+def run_suite(
+    config: BenchmarkConfig,
+    device: torch.device,
+    on_findings: Callable[[list[Finding]], object],
+    until: float = inf,
+) -> list[Finding]:
+    """Measure everything that can be measured on a device, part by part; what fails is a finding with a remark.
+
+    Args:
+        config: Rounds, seconds and warm-up; batch size of the models, the first of `batch_size`.
+        device: Device of the models.
+        on_findings: Called after each part with all that was found so far.
+        until: Time, as `time.monotonic` tells it, from which on no part is begun that is reported beside.
+
+    Returns:
+        What was found.
+    """
     findings: list[Finding] = []
-    groups = (_on_gpu, _training, kernel_findings) if device.type == "cuda" else (_on_cpu, _training)
-    for group in tqdm((*groups, _others, data_path_findings, epoch_findings), "Suite", leave=False, disable=None):
+    for part in tqdm(_parts(device), "Suite", leave=False, disable=None):
+        if part.beside and time.monotonic() >= until:
+            findings.append(Finding(part.name, [], remark="left out, as the time of --minutes was over"))
+            continue
         try:
-            findings += group(config, device)
-        except Exception as e:  # one group may fail in a way of its own, and the others are worth having
-            _logger.warning(f"{group.__name__.strip('_')}: {one_line(e)}")
-            findings.append(Finding(group.__name__.strip("_"), [], remark=one_line(e)))
+            findings += part.find(config, device)
+        except Exception as e:  # one part may fail in a way of its own, and the others are worth having
+            _logger.warning(f"{part.name}: {one_line(e)}")
+            findings.append(Finding(part.name, [], remark=one_line(e)))
         on_findings(findings)
         free_memory(device)
     return findings
+
+
+def _parts(device: torch.device) -> list[Part]:
+    """Targets of `vip_s7` first, as time may be short."""
+    gpu = device.type == "cuda"
+    phases = product(MODELS, ("inference", "train"))
+    return [
+        Part("inference", _on_gpu if gpu else _on_cpu),
+        Part("training step", _training),
+        Part("training step in less memory", _lean_training),
+        Part("training data path", _data_path),
+        Part("time of an epoch", _epoch),
+        *(Part(f"{phase}, {model}", partial(_other, model, phase), True) for model, phase in phases),
+        *(Part(f"kernels, {_named(layer)}", partial(kernel_findings, layer), True) for layer in LAYERS if gpu),
+    ]
 
 
 @dataclass
@@ -217,48 +261,68 @@ def _on_cpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     return findings
 
 
+def _training_entries(device: torch.device) -> tuple[Entry, Entry]:
+    """The model as it is, and compiled."""
+    own = Entry(precision="bfloat16" if device.type == "cuda" else "float32")
+    return own, dataclasses.replace(own, compiled=True)
+
+
 def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    gpu, batch = device.type == "cuda", config.batch_size[0]
-    book = Entry(form="textbook", precision="bfloat16" if gpu else "float32")
-    own = dataclasses.replace(book, form="")
-    book_compiled = dataclasses.replace(book, compiled=True)
-    best = dataclasses.replace(own, compiled=True)
-    lean = dataclasses.replace(best, memory_budget=MEMORY_BUDGET)
+    own, best = _training_entries(device)
+    book, book_compiled = (dataclasses.replace(entry, form="textbook") for entry in (own, best))
+    batch = config.batch_size[0]
     group = measure([book, own, book_compiled, best], "train", batch, config, device)
-    lean_group = measure([book, lean], "train", batch, config, device)  # by itself, as torch compiles once for a group
-    what, targets = f"training step, batch {batch}", (2.0, 1.3, 0.6) if gpu else (None, None, None)
+    what, targets = f"training step, batch {batch}", (2.0, 1.3) if device.type == "cuda" else (None, None)
     return [
         group.faster(what, best, book, targets[0]),
         group.faster(what, best, book_compiled, targets[1]),
         group.faster(what, own, book),
-        lean_group.faster(what, lean, book),
-        *lean_group.memory_share(what, lean, book, targets[2]),
         *(row for entry in (best, book_compiled, own) for row in group.memory_share(what, entry, book)),
     ]
 
 
-def kernel_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    """Mixing layers by the kernels of `vip.ops` against torch, for the layers of the published models."""
-    findings = []
-    for length, dim, segments in LAYERS:
-        size = dim // segments
-        # four batches where the kernels take as much: one product is done before Python has started the next
-        batch = min(4 * config.batch_size[0], (2**31 - 1) // (length**2 * dim))
-        shape = (batch, length, length, segments, size)
-        x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-        if not ops.use_kernels(x):
-            return [Finding("kernels against torch", [], remark="they are off, or not for this device")]
-        mlp = PermuteMlp(dim, segments, (length, length), device=device, dtype=torch.bfloat16)
-        product = 2 * x.numel() * length * size
-        steps = {"inference": (partial(_infer, mlp, x.detach().flatten(3)), 2 * product + 4 * x.numel() * dim)}
-        for axis, layer in ((1, mlp.mlp_h), (2, mlp.mlp_w)):
-            line = "height" if axis == 1 else "width"
-            steps[f"{line}, forward"] = partial(_mix, layer, x, axis, False), product
-            steps[f"{line}, forward and backward"] = partial(_mix, layer, x, axis, True), 3 * product
-        for name, (step, flops) in steps.items():
-            what = f"{length}x{length} tokens, {segments} segments of {size}, bfloat16, batch {batch}, {name}"
-            findings.append(_kernel_finding(f"{what}: kernels against torch", step, flops, config, device))
-    return findings
+def _lean_training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """By itself, as torch compiles once for those that take turns, whatever their memory budgets."""
+    own, best = _training_entries(device)
+    book, lean = dataclasses.replace(own, form="textbook"), dataclasses.replace(best, memory_budget=MEMORY_BUDGET)
+    batch = config.batch_size[0]
+    group = measure([book, lean], "train", batch, config, device)
+    what, limit = f"training step, batch {batch}", 0.6 if device.type == "cuda" else None
+    return [group.faster(what, lean, book), *group.memory_share(what, lean, book, limit)]
+
+
+def kernel_findings(layer: tuple[int, int, int], config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """A Permute-MLP and its mixing layers by the kernels of `vip.ops` against torch.
+
+    Args:
+        layer: Tokens along an axis, channels and their segments.
+        config: Rounds, seconds and batch size.
+        device: Device.
+    """
+    length, dim, segments = layer
+    size = dim // segments
+    # four batches where the kernels take as much: one product is done before Python has started the next
+    batch = min(4 * config.batch_size[0], (2**31 - 1) // (length**2 * dim))
+    x = torch.randn(batch, length, length, segments, size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    if not ops.use_kernels(x):
+        return [Finding(f"kernels, {_named(layer)}", [], remark="they are off, or not for this device")]
+    mlp = PermuteMlp(dim, segments, (length, length), device=device, dtype=torch.bfloat16)
+    flops = 2 * x.numel() * length * size
+    steps = {"inference": (partial(_infer, mlp, x.detach().flatten(3)), 2 * flops + 4 * x.numel() * dim)}
+    for axis, line, mix in ((1, "height", mlp.mlp_h), (2, "width", mlp.mlp_w)):
+        steps[f"{line}, forward"] = partial(_mix, mix, x, axis, False), flops
+        steps[f"{line}, forward and backward"] = partial(_mix, mix, x, axis, True), 3 * flops
+    return [
+        _kernel_finding(
+            f"{_named(layer)}, bfloat16, batch {batch}, {name}: kernels against torch", *step, config, device
+        )
+        for name, step in steps.items()
+    ]
+
+
+def _named(layer: tuple[int, int, int]) -> str:
+    length, dim, segments = layer
+    return f"{length}x{length} tokens, {segments} segments of {dim // segments}"
 
 
 def _kernel_finding(what: str, step: Step, flops: int, config: BenchmarkConfig, device: torch.device) -> Finding:
@@ -291,20 +355,14 @@ def _mix(layer: AxisMix, x: torch.Tensor, axis: int, backward: bool) -> None:
         torch.autograd.grad(mixed, (x, layer.weight), mixed)
 
 
-def _others(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+def _other(model: str, phase: str, config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """None of the other models may be slower than as its paper spells it out."""
     precision, batch = "float32", config.batch_size[0]
     if device.type == "cuda":  # where there is more to measure
         precision = "bfloat16"
         config = dataclasses.replace(config, rounds=min(config.rounds, 3), seconds=config.seconds / 2)
-    findings = []
-    for model in MODELS:
-        own, book = Entry(model, precision=precision), Entry(model, "textbook", precision=precision)
-        for phase in ("inference", "train"):
-            group = measure([own, book], phase, batch, config, device)
-            findings.append(group.faster(f"{phase}, batch {batch}", own, book, 1.0))
-            free_memory(device)
-    return findings
+    own, book = Entry(model, precision=precision), Entry(model, "textbook", precision=precision)
+    return [measure([own, book], phase, batch, config, device).faster(f"{phase}, batch {batch}", own, book, 1.0)]
 
 
 def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, dict[str, float]]:
@@ -323,14 +381,14 @@ def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, 
     return shares
 
 
-def data_path_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+def _data_path(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """The training data path of one core."""
     ratios, remark = data_path_ratios(config.rounds)
     what = "training data path, one core, 500x375 JPEGs, published recipe: --fast-images against timm's loader"
     return [Finding(what, ratios, 1.5, remark=remark)]
 
 
-def epoch_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+def _epoch(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """An epoch of `distributed_train.sh` against its steps alone."""
     ratios, remark = epoch_ratios(device, config)
     what = "time of an epoch of distributed_train.sh, against its steps alone, plain images"

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from vip.benchmark.environment import clocks, environment
 from vip.benchmark.measure import one_line
 from vip.benchmark.runner import check_setting, choose_baseline, choose_models, run
 from vip.benchmark.scale import growth_rows, make_plans
-from vip.benchmark.suite import Finding, run_suite, where_time_goes
+from vip.benchmark.suite import Finding, check_suite, run_suite, where_time_goes
 from vip.cli.arguments import parse
 from vip.data.augmentation import import_fast_images
 from vip.errors import UserError
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
         return _suite(config, given, device)
     if config.out:
         raise UserError("--out is for the table of --suite: add it, or name a folder with --output.")
+    if config.minutes is not None:
+        raise UserError("--minutes is for --suite performance: add it, or leave --minutes out.")
     check_setting(config)
     models = choose_models(config)
     baseline = choose_baseline(config, models)
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> int:
-    if others := given - _OF_SUITES:
+    if others := given - _OF_SUITES - ({"minutes"} if config.suite == "performance" else set()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
         raise UserError(f"--suite chooses models and settings itself: leave out {names}.")
     if not config.out:
@@ -77,6 +80,8 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
         config.batch_size = [256 if gpu else 8]
     if gpu and "seconds" not in given:
         config.seconds = 0.5  # as there is more to measure than on a CPU
+    if gpu and "minutes" not in given:
+        config.minutes = 7
     if len(config.batch_size) > 1:
         raise UserError(f"--suite takes one --batch-size, {len(config.batch_size)} given.")
     out = Path(config.out)
@@ -98,22 +103,22 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
 
 
 def _performance(config: BenchmarkConfig, device: torch.device, keep: Callable[[str], None]) -> tuple[str, int]:
+    check_suite()
+    until = inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     facts = environment(device)
     setting = f"{config.rounds} rounds of {config.seconds:g} s"
     if device.type == "cuda":
         setting += "; kernels a tenth of that time, other models at most 3 rounds of half of it"
-
-    def table(findings: list[Finding]) -> str:
-        return findings_table(findings, facts | clocks(device), setting)
-
-    findings = run_suite(config, device, lambda findings: keep(table(findings)))
-    text = table(findings)
-    missed = any(finding.target and finding.verdict != "yes" for finding in findings)
     try:
         shares = shares_table(where_time_goes(config, device))
     except Exception as e:  # a profiler may fail in a way of its own, and the table is worth having
         shares = f"Where the time goes was not measured: {one_line(e)}"
-    return f"{shares}\n\n{text}", int(missed)
+
+    def text(findings: list[Finding]) -> str:
+        return f"{shares}\n\n{findings_table(findings, facts | clocks(device), setting)}"
+
+    findings = run_suite(config, device, lambda findings: keep(text(findings)), until)
+    return text(findings), int(any(finding.target and finding.verdict != "yes" for finding in findings))
 
 
 def _scale(config: BenchmarkConfig, device: torch.device, keep: Callable[[str], None]) -> tuple[str, int]:
