@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -322,6 +322,22 @@ def test_shares_of_time_are_of_the_kinds_of_operations() -> None:
     copies = time_shares(lambda: [a.t().contiguous() for _ in range(20)], CPU)
     assert sum(products.values()) == pytest.approx(1) and products["matrix products"] > 0.8
     assert sum(copies.values()) == pytest.approx(1) and copies["copies"] > 0.6
+
+
+def test_shares_of_a_gpu_are_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(key: str, device: str, seconds: float, annotation: bool = False) -> SimpleNamespace:
+        times = dict(self_device_time_total=seconds, self_cpu_time_total=100.0)
+        return SimpleNamespace(
+            key=key, device_type=SimpleNamespace(name=device), is_user_annotation=annotation, **times
+        )
+
+    events = [event("nvjet_x", "CUDA", 3.0), event("_mix_kernel", "CUDA", 3.0), event("Memcpy DtoD", "CUDA", 2.0)]
+    events += [event("aten::mm", "CPU", 3.0), event("a region", "CUDA", 8.0, annotation=True)]
+    profiler = nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(measure, "profile", lambda activities: profiler)
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    shares = time_shares(lambda: None, torch.device("cuda"))
+    assert shares["matrix products"] == 0.75 and shares["copies"] == 0.25 and sum(shares.values()) == 1
 
 
 @pytest.mark.parametrize(

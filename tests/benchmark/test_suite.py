@@ -22,7 +22,7 @@ from vip.benchmark.suite import Entry, Finding, Group, measure
 from vip.cli import benchmark as cli
 from vip.errors import UserError
 from vip.models.vision_permutator import PermuteMlp
-from vip.reporting.benchmarks import findings_table
+from vip.reporting.benchmarks import findings_table, shares_table
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkConfig(rounds=2, seconds=0.0, warmup=1, batch_size=[2])
@@ -107,8 +107,20 @@ def test_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with small models, compiled as the large ones are."""
     prepare, model = suite.prepare, "vip_nano4_32"
     monkeypatch.setattr(suite, "prepare", lambda case, *rest: prepare(dataclasses.replace(case, model=model), *rest))
-    for group in (suite._on_gpu, suite._training, suite._lean_training):
-        assert all(finding.ratios for finding in group(QUICK, torch.device("cuda")))
+    gpu = torch.device("cuda")
+    compiled = partial(suite._other, "vip_s14", "inference", True)
+    layer = partial(suite.kernel_findings, (16, 384, 16))
+    for part in (suite._on_gpu, suite._training, suite._lean_training, compiled, layer):
+        assert all(finding.ratios for finding in part(QUICK, gpu))
+    for shares in suite.where_time_goes(QUICK, gpu).values():
+        assert isinstance(shares, dict) and shares["matrix products"] > 0 and sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_epochs_on_a_gpu() -> None:
+    ratios, _ = pipeline.epoch_ratios(torch.device("cuda"), QUICK, "vip_nano4_32")
+    assert len(ratios) == 2 and all(0.5 < ratio < 20 for ratio in ratios)
 
 
 def test_models_are_compiled_for_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +143,47 @@ def test_a_batch_that_was_halved_is_told() -> None:
     assert group.faster("speed", own, other).remark == "1 and 0 img/s, batches of 4 and 2"
     group.batch_sizes[other] = 4
     assert group.faster("speed", own, other).remark == "1 and 0 img/s"
+
+
+def test_one_that_fails_is_a_row_of_its_own(small_models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = suite.prepare
+
+    def fail(case: Case, *args: Any) -> Any:
+        if case.model == "resmlp_24_224":
+            raise RuntimeError("no compiler")
+        contender = prepare(case, *args)
+        if case.form == "optimized":
+            contender.step = lambda: 1 / 0
+        return contender
+
+    monkeypatch.setattr(suite, "prepare", fail)
+    against_book, against_compiled, against_rival, share, eager = suite._on_gpu(QUICK, CPU)
+    assert len(eager.ratios) == 2 and not eager.failed
+    for finding in (against_book, against_compiled, against_rival, share):
+        assert finding.failed and finding.target and not finding.ratios and "division by zero" in finding.remark
+    assert against_rival.remark.endswith("resmlp_24_224 bfloat16 compiled: no compiler")
+
+
+def test_peak_memory_of_one_that_fails() -> None:
+    own, other = Entry(), Entry(form="textbook")
+    group = Group(4, errors={own: "no room"}, memory={other: 4})
+    (finding,) = group.memory_share("step", own, other, 0.6)
+    assert finding.failed and finding.target == 0.6 and "no room" in finding.remark
+    group = Group(4, memory={own: 3, other: 4})
+    assert group.memory_share("step", own, other, 0.6)[0].ratios == [0.75]
+    assert not Group(4, memory={own: None, other: None}).memory_share("step", own, other), (
+        "of a device that does not tell"
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("phase", suite.PHASES)
+def test_rows_of_other_models(phase: str, compiled: bool, small_models: None) -> None:
+    speed, *memory = suite._other("vip_l7", phase, compiled, QUICK, CPU)
+    assert len(speed.ratios) == 2 and speed.target == 1 and len(memory) == (phase == "train")
+    own = ("optimized " if compiled and phase == "inference" else "") + "vip_l7 float32 "
+    own += "compiled" if compiled else "eager"
+    assert f": {own} against textbook vip_l7 float32 {own.split()[-1]}" in speed.what
 
 
 def test_rows_of_training(small_models: None) -> None:
@@ -208,22 +261,59 @@ def test_targets_come_first_and_the_rest_while_there_is_time(
 
     monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(cli, "setup_runtime", lambda name: SimpleNamespace(device=torch.device(kind)))
-    for place in (suite, cli):
-        monkeypatch.setattr(place, "free_memory" if place is suite else "environment", lambda device: {})
+    monkeypatch.setattr(suite, "free_memory", lambda device: None)
+    monkeypatch.setattr(cli, "environment", lambda device: {})
     monkeypatch.setattr(cli, "clocks", lambda device: {})
-    targets = ["_on_gpu" if kind == "cuda" else "_on_cpu", "_training", "_lean_training", "_data_path", "_epoch"]
+    targets = ["_on_gpu" if kind == "cuda" else "_on_cpu", "_training", "_lean_training", "_epoch", "_data_path"]
     for name in (*targets, "_other", "kernel_findings"):
         monkeypatch.setattr(suite, name, partial(find, name))
     out = tmp_path / "table.md"
     assert command("benchmark", "--suite", "performance", "--out", out, "--minutes", 6.5).status == 0
     assert asked == [*targets, "_other", "_other"], "the last was begun in time"
     left_out = [line for line in out.read_text().splitlines() if "--minutes" in line]
-    assert len(left_out) == (2 * 4 - 2) + (4 if kind == "cuda" else 0) and "not measured" in left_out[0]
-    assert "| inference, vip_l7 |" in left_out[0]
+    assert len(left_out) == 2 * 4 - 2 + (4 if kind == "cuda" else 0) + 2 * 4
+    assert "| inference, vip_l7 | not measured |" in left_out[0]
+    assert "| training step, compiled, lvvit_s |" in left_out[-1]
+    assert "; 7.0 minutes." in out.read_text()
 
     asked.clear()
     assert command("benchmark", "--suite", "performance", "--out", out).status == 0
-    assert len(asked) == (7 if kind == "cuda" else 13), "seven minutes on a GPU"
+    assert len(asked) == (7 if kind == "cuda" else 5 + 16), "seven minutes on a GPU"
+
+
+def test_what_fails_is_a_failure(
+    command: Callable[..., Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    no_shares: None,
+) -> None:
+    def fail(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+        raise RuntimeError("no such luck")
+
+    parts = [suite.Part("a part", fail), suite.Part("another", lambda *args: [Finding("a row", [1.5], 1.0)])]
+    monkeypatch.setattr(cli, "target_parts", lambda device: parts)
+    monkeypatch.setattr(cli, "beside_parts", lambda device: [])
+    out = tmp_path / "table.md"
+    flags = ("--suite", "performance", "--out", out, "--device", "cpu")
+    assert command("benchmark", *flags).status == 1 and "a part: no such luck" in caplog.text
+    assert "| a part | not measured | - | - | no such luck |" in out.read_text() and "| a row | 1.50" in out.read_text()
+    del parts[0]
+    assert command("benchmark", *flags).status == 0
+
+
+def test_shares_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(step: Any, device: torch.device) -> dict[str, float]:
+        if step == "train":
+            raise RuntimeError("no profiler")
+        return {"copies": 0.25, "rest": 0.75}
+
+    monkeypatch.setattr(suite, "_prepare", lambda entry, phase, *args: SimpleNamespace(step=phase))
+    monkeypatch.setattr(suite, "time_shares", shares)
+    lines = shares_table(suite.where_time_goes(QUICK, CPU)).splitlines()
+    assert lines[0] == "| time of a step | copies | rest |" and len(lines) == 2 + 6
+    assert lines[2] == "| inference: textbook vip_s7 float32 eager | 25% | 75% |"
+    assert lines[5] == "| training step: textbook vip_s7 float32 eager | no profiler |"
 
 
 def test_what_cannot_be_written_is_printed(
@@ -261,7 +351,7 @@ def test_what_is_missing_is_said_before_anything_is_measured(
         (("--suite", "performance"), "add --out FILE"),
         (("--out", "x"), "--out is for the table of --suite"),
         (("--minutes", "5"), "--minutes is for --suite performance"),
-        (("--suite", "scale", "--out", "x", "--minutes", "5"), "leave out --minutes"),
+        (("--suite", "scale", "--out", "x", "--minutes", "5"), "--minutes is for --suite performance"),
         (("--suite", "performance", "--out", "x", "--models", "vip_s7"), "leave out --models"),
         (("--suite", "performance", "--out", "."), "--out . is a folder"),
         (("--suite", "scale", "--out", "x", "-b", "4", "8"), "--suite takes one --batch-size, 2 given"),

@@ -1,5 +1,6 @@
 """Batches of images whose colour is their number, so that what a loader gives tells where it comes from."""
 
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_loader
 from timm.data.loader import fast_collate
 from torch.utils.data import Dataset
 from torchvision.datasets import MNIST
@@ -344,6 +346,26 @@ def test_random_erasing_can_spare_the_first_split(resplit: bool) -> None:
     ((images, targets),) = create_train_loader(Numbered(24), TrainConfig(**options), DATA_CONFIG, 24, None, CPU)
     red = (images[:24, 0] * 255).round().flatten(1)
     assert bool((red == targets[:24, None]).all()) == resplit
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_random_erasing_is_that_of_timm(fast: bool, mode: str) -> None:
+    """The same places of the same images are erased on the device, with the same numbers."""
+    config = TrainConfig(**{**PLAIN, "no_aug": False, "reprob": 0.5, "remode": mode, "fast_images": fast})
+    data, given = Numbered(2), {name: DATA_CONFIG[name] for name in ("input_size", "mean", "std", "interpolation")}
+    own: Any = create_train_loader(data, config, DATA_CONFIG, 2, None, CPU)
+    timms: Any = create_loader(
+        data, batch_size=2, is_training=True, re_prob=0.5, re_mode=mode, num_workers=0, device=CPU, **given
+    )
+    erased = []
+    for loader in (own, timms):
+        random.seed(0)
+        torch.manual_seed(0)
+        erased.append(loader.random_erasing(torch.ones(64, 3, 16, 16)))
+    torch.testing.assert_close(*erased, rtol=0, atol=0)
+    untouched = (erased[0] == 1).flatten(1).all(1).sum()
+    assert 16 < untouched < 48 and type(own) is type(timms)
 
 
 def test_one_channel(tmp_path: Path) -> None:

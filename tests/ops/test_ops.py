@@ -75,7 +75,7 @@ def test_cast_once_as_autocast_would(gpu: Callable[..., torch.Tensor], monkeypat
     assert ops.as_autocast(double) is double and ops.as_autocast(elsewhere) is elsewhere
 
 
-def test_used_where_they_win(gpu: Callable[..., torch.Tensor]) -> None:
+def test_used_where_they_are_for(gpu: Callable[..., torch.Tensor]) -> None:
     assert ops.use_kernels(gpu(2, 16, 16, 16, 24))
     assert ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float16, capability=8))
     assert not ops.use_kernels(gpu(2, 16, 16, 16, 24, capability=7))
@@ -114,7 +114,9 @@ def test_computes_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> No
         kernels, "axis_mix_add", lambda *args: types.extend(t.dtype for t in args if t is not args[2]) or args[0]
     )
     with torch.autocast("cpu", torch.bfloat16):
-        ops.weighted_mix(x, weight, weight, torch.nn.Linear(2, 2), lambda pooled: torch.rand(3, 1, 1, 1, 1, 2))
+        axis = SimpleNamespace(weight_for=lambda size: weight)
+        branches = dict(mlp_h=axis, mlp_w=axis, mlp_c=torch.nn.Linear(2, 2))
+        ops.weighted_mix(x, SimpleNamespace(**branches, branch_weights=lambda pooled: torch.rand(3, 1, 1, 1, 1, 2)))
     assert types == 9 * [torch.bfloat16], "x, weight, scale, base and, once, the scale of the base"
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 import vip
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.contenders import Case, prepare
-from vip.benchmark.measure import take_turn
+from vip.benchmark.measure import Step, take_turn
 from vip.data.augmentation import create_mixup, import_fast_images
 from vip.data.datasets import create_split
 from vip.data.loaders import create_train_loader
@@ -136,8 +136,8 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, model: str = "vi
     The images are of one color, have the size of the model's and are not augmented, so that loading them takes no part.
     Of a run's first two epochs one starts the processes that load for training, the other pays once for having started
     those that load for validation: memory is copied as it is written. On a CPU the run has one thread, as
-    `distributed_train.sh` gives a process unless told otherwise, and so have the steps; its loader has the other cores,
-    and three runs and the steps take turns.
+    `distributed_train.sh` gives a process unless told otherwise, and so have the steps; its loader has the other cores.
+    Runs, three on a CPU and one on a GPU, and the steps take turns.
 
     Raises:
         UserError: If the run fails.
@@ -147,22 +147,26 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, model: str = "vi
     batch, updates, epochs, runs = (min(config.batch_size[0], 128), 200, 4, 1) if gpu else (4, 10, 4, 3)
     flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
     flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type} "
-    flags += f"-j {max(1, cores - 1)}" + (" --amp --amp-dtype bfloat16" if gpu else "")
+    workers = min(15, cores - 1) if gpu else cores - 1  # of a container, which may say that it has all cores
+    flags += f"-j {max(1, workers)} --checkpoint-hist 1" + (" --amp --amp-dtype bfloat16" if gpu else "")
     pretrained_cfg: Any = timm.get_pretrained_cfg(model, allow_unregistered=False)
     size = pretrained_cfg.input_size[-1]
     own = dataclasses.replace(config, precision="bfloat16" if gpu else "float32", torchcompile=None)
     ratios, alone = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch_threads(torch.get_num_threads() if gpu else 1):
         for split, count in (("train", batch * updates), ("val", batch)):
             _write_plain_images(Path(folder, "data", split), count, size)
+        step = prepare(Case(model, None, batch), "train", own, device).step
+        alone.append(_median_seconds(step, min(updates, 25), device))
         for i in range(runs):
             rates = _run_epochs(Path(folder, f"run{i}"), f"{folder}/data", *flags.split())[2:]
-            with torch_threads(torch.get_num_threads() if gpu else 1):
-                step = prepare(Case(model, None, batch), "train", own, device).step
-                seconds = median(take_turn(step, min(updates, 25), device) for _ in range(3))
-            ratios += [batch / rate / seconds for rate in rates]
-            alone.append(batch / seconds)
-    return ratios, f"{model}, batch {batch}, {median(alone):,.1f} img/s by its steps alone"
+            alone.append(_median_seconds(step, min(updates, 25), device))
+            ratios += [batch / rate / fmean(alone[-2:]) for rate in rates]  # of steps before and after the run
+    return ratios, f"{model}, batch {batch}, {batch / median(alone):,.1f} img/s by its steps alone"
+
+
+def _median_seconds(step: Step, repeats: int, device: torch.device) -> float:
+    return median(take_turn(step, repeats, device) for _ in range(3))
 
 
 def _run_epochs(folder: Path, *flags: str) -> list[float]:
@@ -180,7 +184,8 @@ def _run_epochs(folder: Path, *flags: str) -> list[float]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        raise UserError(f"distributed_train.sh ended with status {done.returncode}: {done.stderr[-300:]}")
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"distributed_train.sh ended with status {done.returncode}: {last}")
     with open(folder / "speed.csv") as f:
         return [float(row["train_images_per_second"]) for row in csv.DictReader(f)]
 

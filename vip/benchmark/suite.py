@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -30,6 +30,7 @@ LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 # the kernels of vip.ops twice
 MEMORY_BUDGET = 0.6
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
+PHASES = ("inference", "train")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Finding:
         target: What the median is to reach, None for a row that is reported beside.
         at_most: It is to stay below, and not to reach it.
         remark: What else there is to say, such as why it could not be measured.
+        failed: It could not be measured because something failed.
     """
 
     what: str
@@ -65,6 +67,7 @@ class Finding:
     target: float | None = None
     at_most: bool = False
     remark: str = ""
+    failed: bool = False
 
     @property
     def verdict(self) -> str:
@@ -77,17 +80,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured at once.
-
-    Attributes:
-        name: What it is called where it fails or is left out.
-        find: Measures it.
-        beside: It is no target of `vip_s7`, and left out when time is over.
-    """
+    """What is measured at once, and what it is called where it fails or is left out."""
 
     name: str
     find: Callable[[BenchmarkConfig, torch.device], list[Finding]]
-    beside: bool = False
 
 
 def check_suite() -> None:
@@ -100,51 +96,66 @@ def check_suite() -> None:
     import_fast_images()
 
 
-def run_suite(
+def target_parts(device: torch.device) -> list[Part]:
+    """What `vip_s7` and what surrounds it are to reach on a device."""
+    return [
+        Part("inference", _on_gpu if device.type == "cuda" else _on_cpu),
+        Part("training step", _training),
+        Part("training step in less memory", _lean_training),
+        Part("time of an epoch", _epoch),
+        Part("training data path", _data_path),
+    ]
+
+
+def beside_parts(device: torch.device) -> list[Part]:
+    """What is reported beside: kernels by themselves, and the other models."""
+    layers = LAYERS if device.type == "cuda" else ()
+    kernels = (Part(f"kernels, {_named(layer)}", partial(kernel_findings, layer)) for layer in layers)
+    return [*_others(compiled=False), *kernels, *_others(compiled=True)]
+
+
+def _others(compiled: bool) -> Iterator[Part]:
+    for model, phase in product(MODELS, PHASES):
+        yield Part(f"{_phase(phase, compiled)}, {model}", partial(_other, model, phase, compiled))
+
+
+def run_parts(
+    parts: Iterable[Part],
     config: BenchmarkConfig,
     device: torch.device,
     on_findings: Callable[[list[Finding]], object],
     until: float = inf,
 ) -> list[Finding]:
-    """Measure everything that can be measured on a device, part by part; what fails is a finding with a remark.
+    """Measure part by part; what fails is a finding with a remark.
 
     Args:
+        parts: The parts.
         config: Rounds, seconds and warm-up; batch size of the models, the first of `batch_size`.
         device: Device of the models.
         on_findings: Called after each part with all that was found so far.
-        until: Time, as `time.monotonic` tells it, from which on no part is begun that is reported beside.
+        until: Time, as `time.monotonic` tells it, from which on no part is begun.
 
     Returns:
         What was found.
     """
     findings: list[Finding] = []
-    for part in tqdm(_parts(device), "Suite", leave=False, disable=None):
-        if part.beside and time.monotonic() >= until:
-            findings.append(Finding(part.name, [], remark="left out, as the time of --minutes was over"))
+    for part in tqdm(parts, "Suite", leave=False, disable=None):
+        begin = time.monotonic()
+        if begin >= until:
+            findings.append(Finding(part.name, [], remark="left out, as time was over; --minutes gives more"))
             continue
         try:
-            findings += part.find(config, device)
+            found = part.find(config, device)
         except Exception as e:  # one part may fail in a way of its own, and the others are worth having
-            _logger.warning(f"{part.name}: {one_line(e)}")
-            findings.append(Finding(part.name, [], remark=one_line(e)))
+            found = [Finding(part.name, [], remark=one_line(e), failed=True)]
+        for finding in found:
+            if finding.failed:
+                _logger.warning(f"{finding.what}: {finding.remark}")
+        findings += found
         on_findings(findings)
         free_memory(device)
+        _logger.info(f"{part.name}: {time.monotonic() - begin:.0f} s.")
     return findings
-
-
-def _parts(device: torch.device) -> list[Part]:
-    """Targets of `vip_s7` first, as time may be short."""
-    gpu = device.type == "cuda"
-    phases = product(MODELS, ("inference", "train"))
-    return [
-        Part("inference", _on_gpu if gpu else _on_cpu),
-        Part("training step", _training),
-        Part("training step in less memory", _lean_training),
-        Part("training data path", _data_path),
-        Part("time of an epoch", _epoch),
-        *(Part(f"{phase}, {model}", partial(_other, model, phase), True) for model, phase in phases),
-        *(Part(f"kernels, {_named(layer)}", partial(kernel_findings, layer), True) for layer in LAYERS if gpu),
-    ]
 
 
 @dataclass
@@ -157,6 +168,7 @@ class Group:
         seconds: Of an image, by entry, in each round.
         memory: Peak memory of a step in bytes, by entry.
         share: Share of the rate of a large matrix product, by entry, in each round.
+        errors: Why an entry could not be measured, by entry; it is in none of the others.
     """
 
     batch_size: int
@@ -164,29 +176,39 @@ class Group:
     seconds: dict[Entry, list[float]] = field(default_factory=dict)
     memory: dict[Entry, int | None] = field(default_factory=dict)
     share: dict[Entry, list[float]] = field(default_factory=dict)
+    errors: dict[Entry, str] = field(default_factory=dict)
 
     def faster(self, what: str, own: Entry, other: Entry, target: float | None = None) -> Finding:
         """How much faster an entry is than another."""
+        what = f"{what}: {own} against {other}"
+        if failure := self._failure(what, target, own, other):
+            return failure
         ratios = [b / a for a, b in zip(self.seconds[own], self.seconds[other], strict=True)]
         speeds = [f"{1 / median(self.seconds[entry]):,.0f}" for entry in (own, other)]
-        return Finding(
-            f"{what}: {own} against {other}",
-            ratios,
-            target,
-            remark=f"{speeds[0]} and {speeds[1]} img/s{self._batches(own, other)}",
-        )
+        return Finding(what, ratios, target, remark=f"{speeds[0]} and {speeds[1]} img/s{self._batches(own, other)}")
+
+    def share_of_product(self, what: str, own: Entry, target: float) -> Finding:
+        """The share of the rate of a large matrix product that an entry reaches."""
+        what = f"{what}: {own}, share of the matrix product"
+        return self._failure(what, target, own) or Finding(what, self.share[own], target)
+
+    def memory_share(self, what: str, own: Entry, other: Entry, limit: float | None = None) -> list[Finding]:
+        """The peak memory of an entry over another's, where the device tells."""
+        what = f"{what}: peak memory, {own} against {other}"
+        if failure := self._failure(what, limit, own, other):
+            return [failure]
+        taken, theirs = self.memory[own], self.memory[other]
+        if not taken or not theirs:
+            return []
+        return [Finding(what, [taken / theirs], limit, True, f"{taken / 1e9:.2f} and {theirs / 1e9:.2f} GB")]
+
+    def _failure(self, what: str, target: float | None, *entries: Entry) -> Finding | None:
+        failed = [f"{entry}: {self.errors[entry]}" for entry in entries if entry in self.errors]
+        return Finding(what, [], target, remark="; ".join(failed), failed=True) if failed else None
 
     def _batches(self, own: Entry, other: Entry) -> str:
         sizes = [self.batch_sizes[entry] for entry in (own, other)]
         return "" if sizes == [self.batch_size] * 2 else f", batches of {sizes[0]} and {sizes[1]}"
-
-    def memory_share(self, what: str, own: Entry, other: Entry, limit: float | None = None) -> list[Finding]:
-        """The peak memory of an entry over another's, where the device tells."""
-        taken, theirs = self.memory[own], self.memory[other]
-        if not taken or not theirs:
-            return []
-        remark = f"{taken / 1e9:.2f} and {theirs / 1e9:.2f} GB"
-        return [Finding(f"{what}: peak memory, {own} against {other}", [taken / theirs], limit, True, remark)]
 
 
 def measure(
@@ -202,32 +224,44 @@ def measure(
         device: Device.
     """
     torch._dynamo.reset()  # torch would run what it has compiled for one memory budget for another, too
+    group = Group(batch_size)
     contenders: dict[Entry, Contender] = {}
     for entry in entries:
-        compiler = "inductor" if entry.compiled else None
-        own = dataclasses.replace(
-            config, precision=entry.precision, torchcompile=compiler, memory_budget=entry.memory_budget
-        )
-        contenders[entry] = prepare(Case(entry.model, None, batch_size, entry.form), phase, own, device)
-        synchronize(device)
+        try:
+            contenders[entry] = _prepare(entry, phase, batch_size, config, device)
+        except Exception as e:  # one may fail in a way of its own, and the others are worth having
+            group.errors[entry] = one_line(e)
+            free_memory(device)
     products = {
         precision: matmul_step(getattr(torch, precision), device) for precision in {e.precision for e in contenders}
     }
     steps: dict[Hashable, Step] = {(MATMUL, precision): step for precision, (step, _) in products.items()}
     steps.update((entry, contender.step) for entry, contender in contenders.items())
     turns = take_turns(steps, config.rounds, config.seconds, device)
-    for name, taken in turns.items():
-        if taken.error:
-            raise RuntimeError(f"{name}: {taken.error}")
-    group = Group(batch_size)
     for entry, contender in contenders.items():
+        of_product = turns[MATMUL, entry.precision]
+        if error := turns[entry].error or of_product.error:
+            group.errors[entry] = error
+            continue
         group.seconds[entry] = [seconds / contender.batch_size for seconds in turns[entry].seconds]
         group.memory[entry] = contender.memory
         group.batch_sizes[entry] = contender.batch_size
         macs, work = contender.counts.macs * PRODUCTS[phase], products[entry.precision][1]
-        pairs = zip(group.seconds[entry], turns[MATMUL, entry.precision].seconds, strict=True)
+        pairs = zip(group.seconds[entry], of_product.seconds, strict=True)
         group.share[entry] = [macs / own / (work / product) for own, product in pairs]
     return group
+
+
+def _prepare(entry: Entry, phase: str, batch_size: int, config: BenchmarkConfig, device: torch.device) -> Contender:
+    config = dataclasses.replace(
+        config,
+        precision=entry.precision,
+        torchcompile="inductor" if entry.compiled else None,
+        memory_budget=entry.memory_budget,
+    )
+    contender = prepare(Case(entry.model, None, batch_size, entry.form), phase, config, device)
+    synchronize(device)
+    return contender
 
 
 def _on_gpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
@@ -240,7 +274,7 @@ def _on_gpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
         group.faster(what, best, book, 2.5),
         group.faster(what, best, book_compiled, 1.4),
         group.faster(what, best, rival, 1.0),
-        Finding(f"{what}: {best}, share of the matrix product", group.share[best], 0.45),
+        group.share_of_product(what, best, 0.45),
         group.faster(what, own, book),
     ]
 
@@ -282,7 +316,7 @@ def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
 
 
 def _lean_training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    """By itself, as torch compiles once for those that take turns, whatever their memory budgets."""
+    """A group of its own: of two memory budgets for the same model, torch.compile would use the first for both."""
     own, best = _training_entries(device)
     book, lean = dataclasses.replace(own, form="textbook"), dataclasses.replace(best, memory_budget=MEMORY_BUDGET)
     batch = config.batch_size[0]
@@ -355,29 +389,37 @@ def _mix(layer: AxisMix, x: torch.Tensor, axis: int, backward: bool) -> None:
         torch.autograd.grad(mixed, (x, layer.weight), mixed)
 
 
-def _other(model: str, phase: str, config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    """None of the other models may be slower than as its paper spells it out."""
+def _other(model: str, phase: str, compiled: bool, config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """None of the other models may be slower than as its paper spells it out, or take more memory."""
     precision, batch = "float32", config.batch_size[0]
     if device.type == "cuda":  # where there is more to measure
         precision = "bfloat16"
         config = dataclasses.replace(config, rounds=min(config.rounds, 3), seconds=config.seconds / 2)
-    own, book = Entry(model, precision=precision), Entry(model, "textbook", precision=precision)
-    return [measure([own, book], phase, batch, config, device).faster(f"{phase}, batch {batch}", own, book, 1.0)]
+    book = Entry(model, "textbook", compiled, precision)
+    own = dataclasses.replace(book, form="optimized" if compiled and phase == "inference" else "")
+    group = measure([own, book], phase, batch, config, device)
+    what = f"{_phase(phase)}, batch {batch}"
+    memory = group.memory_share(what, own, book) if phase == "train" else []
+    return [group.faster(what, own, book, 1.0), *memory]
 
 
-def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, dict[str, float]]:
-    """Shares of the time of a step by kind of operation, for the models whose paths differ."""
+def _phase(phase: str, compiled: bool = False) -> str:
+    return ("training step" if phase == "train" else phase) + (", compiled" if compiled else "")
+
+
+def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, dict[str, float] | str]:
+    """Shares of the time of a step by kind of operation, for the models whose paths differ; why not, where it fails."""
     precision = "bfloat16" if device.type == "cuda" else "float32"
     entries = [Entry(form="textbook", precision=precision), Entry(precision=precision)]
     entries.append(Entry("resmlp_24_224", precision=precision))
-    shares = {}
-    for phase in ("inference", "train"):
-        for entry in entries:
-            own = dataclasses.replace(config, precision=entry.precision)
-            contender = prepare(Case(entry.model, None, config.batch_size[0], entry.form), phase, own, device)
-            shares[f"{phase}: {entry}"] = time_shares(contender.step, device)
-            del contender
-            free_memory(device)
+    shares: dict[str, dict[str, float] | str] = {}
+    for phase, entry in product(PHASES, entries):
+        name = f"{_phase(phase)}: {entry}"
+        try:
+            shares[name] = time_shares(_prepare(entry, phase, config.batch_size[0], config, device).step, device)
+        except Exception as e:  # a profiler may fail in a way of its own, and the others are worth having
+            shares[name] = one_line(e)
+        free_memory(device)
     return shares
 
 

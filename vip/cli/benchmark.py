@@ -11,10 +11,9 @@ import torch
 
 from vip.benchmark.config import BenchmarkConfig
 from vip.benchmark.environment import clocks, environment
-from vip.benchmark.measure import one_line
 from vip.benchmark.runner import check_setting, choose_baseline, choose_models, run
 from vip.benchmark.scale import growth_rows, make_plans
-from vip.benchmark.suite import Finding, check_suite, run_suite, where_time_goes
+from vip.benchmark.suite import Finding, beside_parts, check_suite, run_parts, target_parts, where_time_goes
 from vip.cli.arguments import parse
 from vip.data.augmentation import import_fast_images
 from vip.errors import UserError
@@ -33,7 +32,8 @@ from vip.reporting.logs import setup_logging
 from vip.reporting.plots import new_figure
 from vip.training.runtime import setup_runtime
 
-_OF_SUITES = {"suite", "out", "device", "batch_size", "rounds", "seconds", "warmup", "seed"}
+_OF_SUITES = {"suite", "out", "device", "batch_size", "rounds", "seconds", "minutes", "warmup", "seed"}
+_MINUTES_ON_GPU = 7
 
 _logger = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ def main(argv: list[str]) -> int:
     config, given = parse(BenchmarkConfig, argv, "vip benchmark")
     setup_logging(is_primary=True)
     device = setup_runtime(config.device).device
+    if config.minutes is not None and config.suite != "performance":
+        raise UserError("--minutes is for --suite performance: give that, or leave --minutes out.")
     if config.suite:
         return _suite(config, given, device)
     if config.out:
         raise UserError("--out is for the table of --suite: add it, or name a folder with --output.")
-    if config.minutes is not None:
-        raise UserError("--minutes is for --suite performance: add it, or leave --minutes out.")
     check_setting(config)
     models = choose_models(config)
     baseline = choose_baseline(config, models)
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> int:
-    if others := given - _OF_SUITES - ({"minutes"} if config.suite == "performance" else set()):
+    if others := given - _OF_SUITES:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
         raise UserError(f"--suite chooses models and settings itself: leave out {names}.")
     if not config.out:
@@ -80,8 +80,6 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
         config.batch_size = [256 if gpu else 8]
     if gpu and "seconds" not in given:
         config.seconds = 0.5  # as there is more to measure than on a CPU
-    if gpu and "minutes" not in given:
-        config.minutes = 7
     if len(config.batch_size) > 1:
         raise UserError(f"--suite takes one --batch-size, {len(config.batch_size)} given.")
     out = Path(config.out)
@@ -104,21 +102,26 @@ def _suite(config: BenchmarkConfig, given: set[str], device: torch.device) -> in
 
 def _performance(config: BenchmarkConfig, device: torch.device, keep: Callable[[str], None]) -> tuple[str, int]:
     check_suite()
-    until = inf if config.minutes is None else time.monotonic() + 60 * config.minutes
+    gpu, begin = device.type == "cuda", time.monotonic()
+    minutes = config.minutes if config.minutes is not None else _MINUTES_ON_GPU if gpu else inf
     facts = environment(device)
-    setting = f"{config.rounds} rounds of {config.seconds:g} s"
-    if device.type == "cuda":
-        setting += "; kernels a tenth of that time, other models at most 3 rounds of half of it"
-    try:
-        shares = shares_table(where_time_goes(config, device))
-    except Exception as e:  # a profiler may fail in a way of its own, and the table is worth having
-        shares = f"Where the time goes was not measured: {one_line(e)}"
+    setting = f"{config.rounds} rounds of {config.seconds:g} s, optimized models compiled"
+    if gpu:
+        setting += (
+            " with a search for matrix products; kernels a tenth of that time, other models at most 3 rounds of half"
+        )
+    tables: list[str] = []
 
     def text(findings: list[Finding]) -> str:
-        return f"{shares}\n\n{findings_table(findings, facts | clocks(device), setting)}"
+        so_far = f"{setting}; {(time.monotonic() - begin) / 60:.1f} minutes"
+        return "\n\n".join([*tables, findings_table(findings, facts | clocks(device), so_far)])
 
-    findings = run_suite(config, device, lambda findings: keep(text(findings)), until)
-    return text(findings), int(any(finding.target and finding.verdict != "yes" for finding in findings))
+    findings = run_parts(target_parts(device), config, device, lambda findings: keep(text(findings)))
+    tables.append(shares_table(where_time_goes(config, device)))
+    findings += run_parts(
+        beside_parts(device), config, device, lambda more: keep(text(findings + more)), begin + 60 * minutes
+    )
+    return text(findings), int(any(finding.failed or finding.verdict == "no" for finding in findings))
 
 
 def _scale(config: BenchmarkConfig, device: torch.device, keep: Callable[[str], None]) -> tuple[str, int]:

@@ -188,8 +188,7 @@ class PermuteMlp(nn.Module):
         x_bhwns = x.reshape(B, H, W, self.segments, S)
         if not torch.jit.is_scripting():  # by itself, as scripts compile what stands beside it
             if ops.use_weighted_mix(x_bhwns, self.parameters()):
-                weights = self.mlp_h.weight_for(H * S), self.mlp_w.weight_for(W * S)
-                return self.proj_drop(self.proj(ops.weighted_mix(x_bhwns, *weights, self.mlp_c, self.branch_weights)))
+                return self.proj_drop(self.proj(ops.weighted_mix(x_bhwns, self)))
         h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 

@@ -7,8 +7,9 @@ computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the environment has 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,7 @@ def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 @torch.jit.unused
-def weighted_mix(
-    x: torch.Tensor,
-    weight_h: torch.Tensor,
-    weight_w: torch.Tensor,
-    mlp_c: Callable[[torch.Tensor], torch.Tensor],
-    branch_weights: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
+def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     """Weighted sum of the three branches of a Permute-MLP, none of which is in memory by itself but that of channels.
 
     The weights of the branches need their means over the tokens. The branches are linear, so that these are what they
@@ -91,23 +86,22 @@ def weighted_mix(
 
     Args:
         x: `[B, H, W, N, S]`.
-        weight_h: Matrix that mixes along the height, see `axis_mix`.
-        weight_w: The same for the width.
-        mlp_c: Mixes the channels, `[..., N * S]`.
-        branch_weights: Gives weights `[3, B, 1, 1, N, S]` of the mean of the sum of the branches, `[B, N, S]`.
+        layer: The `vip.models.PermuteMlp`.
 
     Returns:
         `[B, H, W, N * S]`.
     """
     from . import kernels
 
-    dtype = _computing_type(x)
-    x, weight_h, weight_w = x.to(dtype), weight_h.to(dtype), weight_w.to(dtype)
+    dtype, size = _computing_type(x), x.shape[4]
+    weight_h = layer.mlp_h.weight_for(x.shape[1] * size).to(dtype)
+    weight_w = layer.mlp_w.weight_for(x.shape[2] * size).to(dtype)
+    x = x.to(dtype)
     column, row = x.mean(2), x.mean(1)  # [B, H, N, S] and [B, W, N, S]
     pooled = _mean_of_mixed(column, weight_h) + _mean_of_mixed(row, weight_w)
-    pooled = pooled + mlp_c(row.mean(1).flatten(1)).reshape(pooled.shape)
-    a_h, a_w, a_c = branch_weights(pooled).to(dtype).unbind(0)
-    mixed = kernels.axis_mix_add(x, weight_h, 1, a_h, mlp_c(x.flatten(3)).reshape(x.shape), a_c)
+    pooled = pooled + layer.mlp_c(row.mean(1).flatten(1)).reshape(pooled.shape)
+    a_h, a_w, a_c = layer.branch_weights(pooled).to(dtype).unbind(0)
+    mixed = kernels.axis_mix_add(x, weight_h, 1, a_h, layer.mlp_c(x.flatten(3)).reshape(x.shape), a_c)
     return kernels.axis_mix_add(x, weight_w, 2, a_w, mixed).flatten(3)
 
 

@@ -1,13 +1,12 @@
 """Tables and pictures of benchmarks."""
 
 import csv
-import errno
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
 from typing import Any
 
 from vip.errors import UserError
@@ -83,11 +82,13 @@ def plan_table(plans: Iterable[Any]) -> str:
     return "\n".join(lines)
 
 
-def shares_table(shares: dict[str, dict[str, float]]) -> str:
-    """Where the time of steps goes as a Markdown table."""
-    kinds = list(next(iter(shares.values())))
+def shares_table(shares: dict[str, dict[str, float] | str]) -> str:
+    """Where the time of steps goes as a Markdown table; texts say why it is not known."""
+    kinds = list(next((own for own in shares.values() if isinstance(own, dict)), {}))
     lines = [f"| time of a step | {' | '.join(kinds)} |", f"| :--- |{' ---: |' * len(kinds)}"]
-    lines += [f"| {name} | {' | '.join(f'{own[kind]:.0%}' for kind in kinds)} |" for name, own in shares.items()]
+    for name, own in shares.items():
+        cells = [own] if isinstance(own, str) else [f"{own[kind]:.0%}" for kind in kinds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -164,8 +165,8 @@ def write_texts(folder: Path, texts: dict[str, str], flag: str = "--output") -> 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with TemporaryFile(dir=folder):  # what os.access says of root is not so everywhere
+            pass
         for name, text in texts.items():
             with replacing(folder / name) as unfinished:
                 unfinished.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
