@@ -255,6 +255,7 @@ def test_rows_of_published_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_setting_in_words() -> None:
     config = BenchmarkConfig(precision="float32", bench="inference", rounds=3, seconds=0.5)
     assert config.setting == "float32, 3 rounds of 0.5 s"
+    assert BenchmarkConfig(rounds=1).turns == "1 round of 1 s"
     config = BenchmarkConfig(precision="bfloat16", bench="both", opt="sgd", channels_last=True, torchcompile="inductor")
     assert config.setting.startswith("bfloat16, ")
     assert config.setting.endswith(" s, channels last, torch.compile (inductor, default), training with sgd")

@@ -274,7 +274,7 @@ def test_targets_come_first_and_the_rest_while_there_is_time(
     assert len(left_out) == 2 * 4 - 2 + (4 if kind == "cuda" else 0) + 2 * 4
     assert "| inference, vip_l7 | not measured |" in left_out[0]
     assert "| training step, compiled, lvvit_s |" in left_out[-1]
-    assert "; 7.0 minutes." in out.read_text()
+    assert "5 rounds of " in out.read_text() and "; 7.0 minutes." in out.read_text()
 
     asked.clear()
     assert command("benchmark", "--suite", "performance", "--out", out).status == 0
@@ -300,6 +300,8 @@ def test_what_fails_is_a_failure(
     assert "| a part | not measured | - | - | no such luck |" in out.read_text() and "| a row | 1.50" in out.read_text()
     del parts[0]
     assert command("benchmark", *flags).status == 0
+    monkeypatch.setattr(cli, "where_time_goes", lambda *args: {"inference": "no profiler"})
+    assert command("benchmark", *flags).status == 1 and "| inference | no profiler |" in out.read_text()
 
 
 def test_shares_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,11 @@ class TimingConfig(Options):
     )
     warmup: int = option(3, "steps of a model before anything is timed", low=1)
 
+    @property
+    def turns(self) -> str:
+        """How long is timed, in words."""
+        return f"{self.rounds} round{'' if self.rounds == 1 else 's'} of {self.seconds:g} s"
+
 
 @dataclass(kw_only=True)
 class OutputConfig(Options):
@@ -76,7 +81,7 @@ class BenchmarkConfig(RowsConfig, SettingConfig, TimingConfig, OutputConfig):
     @property
     def setting(self) -> str:
         """What all rows have in common, in words."""
-        words = [self.precision, f"{self.rounds} rounds of {self.seconds:g} s"]
+        words = [self.precision, self.turns]
         words += ["channels last"] if self.channels_last else []
         words += (
             [f"torch.compile ({self.torchcompile}, {self.torchcompile_mode or 'default'})"] if self.torchcompile else []
