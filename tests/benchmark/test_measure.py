@@ -338,6 +338,9 @@ def test_shares_of_a_gpu_are_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(measure, "synchronize", lambda device: None)
     shares = time_shares(lambda: None, torch.device("cuda"))
     assert shares["matrix products"] == 0.75 and shares["copies"] == 0.25 and sum(shares.values()) == 1
+    events[:] = events[3:]
+    with pytest.raises(RuntimeError, match="saw no kernels"):
+        time_shares(lambda: None, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -168,9 +168,14 @@ def test_peak_memory_of_one_that_fails() -> None:
     own, other = Entry(), Entry(form="textbook")
     group = Group(4, errors={own: "no room"}, memory={other: 4})
     (finding,) = group.memory_share("step", own, other, 0.6)
-    assert finding.failed and finding.target == 0.6 and "no room" in finding.remark
+    assert finding.failed and finding.at_most and finding.target == 0.6 and "no room" in finding.remark
     group = Group(4, memory={own: 3, other: 4})
-    assert group.memory_share("step", own, other, 0.6)[0].ratios == [0.75]
+    group.batch_sizes = {own: 4, other: 4}
+    (finding,) = group.memory_share("step", own, other, 0.6)
+    assert finding.ratios == [0.75] and finding.verdict == "no" and finding.at_most
+    group.batch_sizes[own] = 2
+    (finding,) = group.memory_share("step", own, other, 0.6)
+    assert finding.verdict == "-" and finding.remark.endswith("batches of 2 and 4")
     assert not Group(4, memory={own: None, other: None}).memory_share("step", own, other), (
         "of a device that does not tell"
     )
@@ -190,6 +195,7 @@ def test_rows_of_training(small_models: None) -> None:
     findings, lean = suite._training(QUICK, CPU), suite._lean_training(QUICK, CPU)
     assert len(findings) == 6 and len(lean) == 2
     assert all(finding.ratios and finding.target is None for finding in findings + lean)
+    assert "peak memory" in lean[1].what and "peak memory" not in lean[0].what
     for finding in lean:
         assert "vip_s7 float32 compiled (memory budget 0.6) against textbook vip_s7 float32 eager" in finding.what
 
@@ -222,7 +228,7 @@ def test_the_suite_writes_every_row(
     out = tmp_path / "new/table.md"
     flags = ("--device", "cpu", "--rounds", 1, "--seconds", 0, "--warmup", 1, "-b", 4)
     outcome = command("benchmark", "--suite", "performance", "--out", out, *flags)
-    assert outcome.status == 1, "targets are missed"
+    assert outcome.status == 1, "a part failed"
     table = out.read_text()
     for what in ("float32 eager against textbook", "training step", "vip_m7", "fast-images", "peak memory"):
         assert what in table
@@ -278,7 +284,7 @@ def test_targets_come_first_and_the_rest_while_there_is_time(
 
     asked.clear()
     assert command("benchmark", "--suite", "performance", "--out", out).status == 0
-    assert len(asked) == (7 if kind == "cuda" else 5 + 16), "seven minutes on a GPU"
+    assert len(asked) == (6 if kind == "cuda" else 5 + 16), "six minutes on a GPU"
 
 
 def test_what_fails_is_a_failure(
@@ -302,6 +308,53 @@ def test_what_fails_is_a_failure(
     assert command("benchmark", *flags).status == 0
     monkeypatch.setattr(cli, "where_time_goes", lambda *args: {"inference": "no profiler"})
     assert command("benchmark", *flags).status == 1 and "| inference | no profiler |" in out.read_text()
+
+
+def test_a_gpu_that_is_lost_leaves_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels leave it that read where they must not: everything that follows fails."""
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(suite, "free_memory", lost)
+    findings = suite.run_parts(suite.target_parts(CPU), QUICK, CPU, lambda findings: None)
+    assert len(findings) == 5 and all(finding.failed and "illegal" in finding.remark for finding in findings)
+    shares = suite.where_time_goes(QUICK, CPU)
+    header, line, *rows = shares_table(shares).splitlines()
+    assert {text.count("|") for text in (header, line, *rows)} == {3} and len(rows) == 6
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_targets_of_training_are_those_of_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(entries: list[Entry], phase: str, batch: int, *args: Any) -> Group:
+        each = dict.fromkeys
+        return Group(batch, each(entries, batch), each(entries, [1.0]), each(entries, 2))
+
+    monkeypatch.setattr(suite, "measure", measured)
+    found = [f for part in (suite._training, suite._lean_training) for f in part(QUICK, torch.device(kind))]
+    targets = {f.what.partition(": ")[2]: (f.target, f.at_most) for f in found if f.target}
+    best, book = "vip_s7 bfloat16 compiled", "textbook vip_s7 bfloat16"
+    gpu = {
+        f"{best} against {book} eager": (2.0, False),
+        f"{best} against {book} compiled": (1.3, False),
+        f"peak memory, {best} (memory budget 0.6) against {book} eager": (0.6, True),
+    }
+    assert targets == (gpu if kind == "cuda" else {})
+
+
+def test_epochs_are_compared_with_the_steps_around_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, rates = iter([1.0, 3.0, 5.0, 7.0]), iter([[9, 9, 2, 1], [9, 9, 1, 1], [9, 9, 4, 1]])
+    monkeypatch.setattr(pipeline, "prepare", lambda *args: SimpleNamespace(step=None))
+    monkeypatch.setattr(pipeline, "_median_seconds", lambda *args: next(seconds))
+    monkeypatch.setattr(pipeline, "_run_epochs", lambda *args: next(rates))
+    ratios, remark = pipeline.epoch_ratios(CPU, QUICK, "vip_nano4_32")
+    assert ratios == [4 / 2 / 2, 4 / 1 / 2, 4 / 1 / 4, 4 / 1 / 4, 4 / 4 / 6, 4 / 1 / 6]
+    assert "1.0 img/s by its steps alone" in remark
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"status 2: .*There is no data set at .*nowhere"):
+        pipeline._run_epochs(tmp_path / "run", str(tmp_path / "nowhere"), "--model", "vip_nano4_32", "--device", "cpu")
 
 
 def test_shares_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

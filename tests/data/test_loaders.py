@@ -353,19 +353,19 @@ def test_random_erasing_can_spare_the_first_split(resplit: bool) -> None:
 def test_random_erasing_is_that_of_timm(fast: bool, mode: str) -> None:
     """The same places of the same images are erased on the device, with the same numbers."""
     config = TrainConfig(**{**PLAIN, "no_aug": False, "reprob": 0.5, "remode": mode, "fast_images": fast})
-    data, given = Numbered(2), {name: DATA_CONFIG[name] for name in ("input_size", "mean", "std", "interpolation")}
+    data, shared = Numbered(2), {name: DATA_CONFIG[name] for name in ("input_size", "mean", "std", "interpolation")}
     own: Any = create_train_loader(data, config, DATA_CONFIG, 2, None, CPU)
-    timms: Any = create_loader(
-        data, batch_size=2, is_training=True, re_prob=0.5, re_mode=mode, num_workers=0, device=CPU, **given
+    theirs: Any = create_loader(
+        data, batch_size=2, is_training=True, re_prob=0.5, re_mode=mode, num_workers=0, device=CPU, **shared
     )
     erased = []
-    for loader in (own, timms):
+    for loader in (own, theirs):
         random.seed(0)
         torch.manual_seed(0)
         erased.append(loader.random_erasing(torch.ones(64, 3, 16, 16)))
     torch.testing.assert_close(*erased, rtol=0, atol=0)
     untouched = (erased[0] == 1).flatten(1).all(1).sum()
-    assert 16 < untouched < 48 and type(own) is type(timms)
+    assert 16 < untouched < 48 and type(own) is type(theirs)
 
 
 def test_one_channel(tmp_path: Path) -> None:

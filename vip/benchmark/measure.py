@@ -181,7 +181,10 @@ def time_shares(step: Step, device: torch.device) -> dict[str, float]:
         if gpu and (event.device_type.name != "CUDA" or event.is_user_annotation):  # kernels are events of their own
             continue
         seconds[_kind(event.key)] += event.self_device_time_total if gpu else event.self_cpu_time_total
-    return {kind: value / max(sum(seconds.values()), 1e-9) for kind, value in seconds.items()}
+    total = sum(seconds.values())
+    if not total:
+        raise RuntimeError("The profiler saw no kernels; it may lack the right to (CUPTI).")
+    return {kind: value / total for kind, value in seconds.items()}
 
 
 def _kind(name: str) -> str:

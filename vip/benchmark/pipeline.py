@@ -147,7 +147,7 @@ def epoch_ratios(device: torch.device, config: BenchmarkConfig, model: str = "vi
     batch, updates, epochs, runs = (min(config.batch_size[0], 128), 200, 4, 1) if gpu else (4, 10, 4, 3)
     flags = f"--model {model} -b {batch} --epochs {epochs} --warmup-epochs 0 --cooldown-epochs 0 --no-aug "
     flags += f"--mixup 0 --cutmix 0 --drop-path 0 --reprob 0 --log-interval 1000 --device {device.type} "
-    workers = min(15, cores - 1) if gpu else cores - 1  # of a container, which may say that it has all cores
+    workers = min(15, cores - 1) if gpu else cores - 1  # a container may claim cores that it does not get
     flags += f"-j {max(1, workers)} --checkpoint-hist 1" + (" --amp --amp-dtype bfloat16" if gpu else "")
     pretrained_cfg: Any = timm.get_pretrained_cfg(model, allow_unregistered=False)
     size = pretrained_cfg.input_size[-1]
@@ -184,8 +184,9 @@ def _run_epochs(folder: Path, *flags: str) -> list[float]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"distributed_train.sh ended with status {done.returncode}: {last}")
+        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Process ")]
+        reason = said[-1] if said else "it said nothing"  # but which process it was
+        raise UserError(f"distributed_train.sh ended with status {done.returncode}: {reason}")
     with open(folder / "speed.csv") as f:
         return [float(row["train_images_per_second"]) for row in csv.DictReader(f)]
 

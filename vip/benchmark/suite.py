@@ -142,9 +142,10 @@ def run_parts(
     for part in tqdm(parts, "Suite", leave=False, disable=None):
         begin = time.monotonic()
         if begin >= until:
-            findings.append(Finding(part.name, [], remark="left out, as time was over; --minutes gives more"))
+            findings.append(Finding(part.name, [], remark="left out: the time was over (--minutes sets more)"))
             continue
         try:
+            free_memory(device)  # raises where a kernel has left a GPU unusable
             found = part.find(config, device)
         except Exception as e:  # one part may fail in a way of its own, and the others are worth having
             found = [Finding(part.name, [], remark=one_line(e), failed=True)]
@@ -153,7 +154,6 @@ def run_parts(
                 _logger.warning(f"{finding.what}: {finding.remark}")
         findings += found
         on_findings(findings)
-        free_memory(device)
         _logger.info(f"{part.name}: {time.monotonic() - begin:.0f} s.")
     return findings
 
@@ -196,11 +196,14 @@ class Group:
         """The peak memory of an entry over another's, where the device tells."""
         what = f"{what}: peak memory, {own} against {other}"
         if failure := self._failure(what, limit, own, other):
-            return [failure]
+            return [dataclasses.replace(failure, at_most=True)]
         taken, theirs = self.memory[own], self.memory[other]
         if not taken or not theirs:
             return []
-        return [Finding(what, [taken / theirs], limit, True, f"{taken / 1e9:.2f} and {theirs / 1e9:.2f} GB")]
+        batches = self._batches(own, other)
+        remark = f"{taken / 1e9:.2f} and {theirs / 1e9:.2f} GB{batches}"
+        # of batches that differ it says nothing about the limit
+        return [Finding(what, [taken / theirs], None if batches else limit, True, remark)]
 
     def _failure(self, what: str, target: float | None, *entries: Entry) -> Finding | None:
         failed = [f"{entry}: {self.errors[entry]}" for entry in entries if entry in self.errors]
@@ -228,10 +231,10 @@ def measure(
     contenders: dict[Entry, Contender] = {}
     for entry in entries:
         try:
+            free_memory(device)  # of one that failed, which its exception held
             contenders[entry] = _prepare(entry, phase, batch_size, config, device)
         except Exception as e:  # one may fail in a way of its own, and the others are worth having
             group.errors[entry] = one_line(e)
-            free_memory(device)
     products = {
         precision: matmul_step(getattr(torch, precision), device) for precision in {e.precision for e in contenders}
     }
@@ -416,10 +419,10 @@ def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, 
     for phase, entry in product(PHASES, entries):
         name = f"{_phase(phase)}: {entry}"
         try:
+            free_memory(device)
             shares[name] = time_shares(_prepare(entry, phase, config.batch_size[0], config, device).step, device)
         except Exception as e:  # a profiler may fail in a way of its own, and the others are worth having
             shares[name] = one_line(e)
-        free_memory(device)
     return shares
 
 

@@ -61,7 +61,7 @@ def findings_table(findings: Iterable[Any], environment: dict[str, Any], setting
         if values:
             found = f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
         target = f"{'at most' if finding.at_most else 'at least'} {finding.target:g}" if finding.target else "-"
-        lines.append(f"| {finding.what} | {found} | {target} | {finding.verdict} | {finding.remark} |")
+        lines.append(f"| {finding.what} | {found} | {target} | {finding.verdict} | {_cell(finding.remark)} |")
     facts = "; ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
     return "\n".join([*lines, "", f"{setting}.", "", facts])
 
@@ -84,12 +84,17 @@ def plan_table(plans: Iterable[Any]) -> str:
 
 def shares_table(shares: dict[str, dict[str, float] | str]) -> str:
     """Where the time of steps goes as a Markdown table; texts say why it is not known."""
-    kinds = list(next((own for own in shares.values() if isinstance(own, dict)), {}))
+    kinds = list(next((own for own in shares.values() if isinstance(own, dict)), [""]))
     lines = [f"| time of a step | {' | '.join(kinds)} |", f"| :--- |{' ---: |' * len(kinds)}"]
     for name, own in shares.items():
-        cells = [own] if isinstance(own, str) else [f"{own[kind]:.0%}" for kind in kinds]
+        cells = [_cell(own)] if isinstance(own, str) else [f"{own[kind]:.0%}" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """What was not written for a table, such as an error."""
+    return text.replace("|", "\\|")
 
 
 def _number(value: float | None, form: str = "", unit: str = "") -> str:
