@@ -182,7 +182,7 @@ def test_peak_memory_of_one_that_fails() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("phase", suite.PHASES)
+@pytest.mark.parametrize("phase", suite.PRODUCTS)
 def test_rows_of_other_models(phase: str, compiled: bool, small_models: None) -> None:
     speed, *memory = suite._other("vip_l7", phase, compiled, QUICK, CPU)
     assert len(speed.ratios) == 2 and speed.target == 1 and len(memory) == (phase == "train")

@@ -30,7 +30,6 @@ LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 # the kernels of vip.ops twice
 MEMORY_BUDGET = 0.6
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
-PHASES = ("inference", "train")
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def beside_parts(device: torch.device) -> list[Part]:
 
 
 def _others(compiled: bool) -> Iterator[Part]:
-    for model, phase in product(MODELS, PHASES):
+    for model, phase in product(MODELS, PRODUCTS):
         yield Part(f"{_phase(phase, compiled)}, {model}", partial(_other, model, phase, compiled))
 
 
@@ -416,7 +415,7 @@ def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, 
     entries = [Entry(form="textbook", precision=precision), Entry(precision=precision)]
     entries.append(Entry("resmlp_24_224", precision=precision))
     shares: dict[str, dict[str, float] | str] = {}
-    for phase, entry in product(PHASES, entries):
+    for phase, entry in product(PRODUCTS, entries):
         name = f"{_phase(phase)}: {entry}"
         try:
             free_memory(device)

@@ -33,7 +33,7 @@ from vip.reporting.plots import new_figure
 from vip.training.runtime import setup_runtime
 
 _OF_SUITES = {"suite", "out", "device", "batch_size", "rounds", "seconds", "minutes", "warmup", "seed"}
-_MINUTES_ON_GPU = 6  # the last part that is begun may take two more
+_MINUTES_ON_GPU = 6  # what is begun then is to end within eight
 
 _logger = logging.getLogger(__name__)
 
