@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from vip.models.vision_permutator import PermuteMlp
+from vip.models.lv_vit import ConvPatchEmbed
+from vip.models.vision_permutator import PermuteMlp, VisionPermutator
 
 
 class TextbookPermuteMlp(PermuteMlp):
@@ -24,11 +25,34 @@ class TextbookPermuteMlp(PermuteMlp):
         return self.proj_drop(self.proj(h * a[0] + w * a[1] + c * a[2]))
 
 
+class TextbookVisionPermutator(VisionPermutator):
+    """Patches of images as they lie in memory, by default channel by channel."""
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.patch_embed(x)
+
+
+class TextbookConvPatchEmbed(ConvPatchEmbed):
+    """Section 4.1 of arXiv 2104.10858: convolutions of 7, 3 and 3 pixels and one of a patch, of images as they lie."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens `[B, H, W, C]` of images `[B, C, H, W]`."""
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = norm(conv(x)).relu()
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+_TEXTBOOK = {
+    ConvPatchEmbed: TextbookConvPatchEmbed,
+    PermuteMlp: TextbookPermuteMlp,
+    VisionPermutator: TextbookVisionPermutator,
+}
+
+
 def textbook(model: nn.Module) -> nn.Module:
-    """Change a model in place to compute as its paper writes it: Permute-MLPs, and attention without fused kernels."""
+    """Change a model in place to compute as its paper writes it, also attention: without fused kernels."""
     for module in model.modules():
-        if type(module) is PermuteMlp:
-            module.__class__ = TextbookPermuteMlp
+        module.__class__ = _TEXTBOOK.get(type(module), type(module))
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     return model

@@ -39,6 +39,10 @@ def test_textbook_form_computes_the_same(name: str) -> None:
     kinds = {type(module).__name__ for module in book.modules()}
     assert (TextbookPermuteMlp.__name__ in kinds) == (name == "vip_nano4_32")
     assert not any(type(module) is PermuteMlp or getattr(module, "fused_attn", False) for module in book.modules())
+    tokens: list[torch.Tensor] = []
+    book.patch_embed.register_forward_hook(lambda *call: tokens.append(call[-1]))
+    book(x)
+    assert tokens[0].permute(0, 3, 1, 2).is_contiguous()  # as images come
 
 
 def test_textbook_form_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

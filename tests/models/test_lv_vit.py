@@ -217,6 +217,21 @@ def test_patch_embedding_is_the_textbook_one(size):
     assert_allclose(got.detach().numpy(), textbook_embed(x.numpy(), weights_of(embed)))
 
 
+def test_convolutions_read_channels_last_and_blocks_tokens_that_lie_in_a_row():
+    """The layouts in which they are fastest, however images come."""
+    model, images_read, tokens_read = nano(), [], []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda _, args: images_read.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            )
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(lambda _, args: tokens_read.append(args[0].is_contiguous()))
+    model(images())
+    assert len(images_read) == 4 and all(images_read)
+    assert len(tokens_read) == 6 and all(tokens_read)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (24, 48), (40, 16)])
 def test_network_is_the_textbook_network(size):
     model, x = nano(img_size=size), images(size)

@@ -604,6 +604,29 @@ def test_in_chans(chans):
         model(images(chans=3))
 
 
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers elsewhere in memory."""
+    if layout == "every other column":
+        return x.repeat_interleave(2, -1)[..., ::2]
+    return x.contiguous(memory_format=getattr(torch, layout))
+
+
+LAYOUTS = ("contiguous_format", "channels_last", "every other column")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_read_tokens_that_lie_in_a_row_however_images_do(layout: str):
+    """A strided tensor is copied by every norm that reads it."""
+    model, x = nano(), images()
+    expected = model(x)
+    read: list[bool] = []
+    for block in model.network.modules():
+        if isinstance(block, PermutatorBlock):
+            block.register_forward_pre_hook(lambda _, args: read.append(args[0].is_contiguous()))
+    torch.testing.assert_close(model(lay_out(x, layout)), expected)
+    assert len(read) == sum(NANO["layers"]) and all(read)
+
+
 def test_drop_rate_is_before_the_head():
     model = nano(drop_rate=0.4)
     ones = torch.ones(64, 4, 4, 128)

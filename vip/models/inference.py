@@ -37,7 +37,7 @@ def optimize_for_inference(
     Args:
         model: A model of this package; of others, dropout and stochastic depth are left out.
         dtype: Type of the weights; None: bfloat16 where the device computes with it, else the one they have.
-        channels_last: Lay the images out channels last, which spares the patch embedding of ViP a copy.
+        channels_last: Lay the weights of convolutions out channels last, as ViP and LV-ViT read images.
         compiled: Compile the result by torch.compile, for the device it is on: on a GPU with a search for the fastest
             matrix products; on a CPU with packed weights, so do not load or change weights once it has been called,
             and not more than `torch._dynamo.config.recompile_limit` (8) models of a kind in a process.

@@ -115,6 +115,9 @@ class ConvPatchEmbed(nn.Module):
             _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
         elif not torch.jit.is_scripting():
             check_img_size(tuple(x.shape[2:]), self.patch_size)
+        x = x.contiguous(
+            memory_format=torch.channels_last
+        )  # in which convolutions are fastest, and tokens lie in a row
         x = self.act(self.bn1(self.conv1(x)))
         x = self.act(self.bn2(self.conv2(x)))
         x = self.act(self.bn3(self.conv3(x)))

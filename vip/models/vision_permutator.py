@@ -545,7 +545,8 @@ class VisionPermutator(nn.Module):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.dynamic_img_size and not torch.jit.is_scripting():
             _check_img_size((x.shape[-2], x.shape[-1]), self.patch_embed.patch_size, self.stride)
-        return self.patch_embed(x)
+        # the layout of a convolution's input is that of its output, here tokens side by side, as all blocks read them
+        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
 
     def _forward_stages(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self.network:
