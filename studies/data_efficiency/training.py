@@ -23,7 +23,7 @@ from vip.errors import UserError
 from vip.reporting.progress import ProgressBar
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, evaluate, train_one_epoch
-from vip.training.factory import create_criterion, create_optimizer
+from vip.training.factory import choose_attention, create_criterion, create_optimizer
 from vip.training.runtime import Runtime, setup_precision
 
 COMMON_RECIPE: dict[str, Any] = dict(
@@ -151,6 +151,7 @@ def train(job: Job, data: str, size_name: str, runtime: Runtime) -> dict[str, An
 
 
 def _create_state(model: nn.Module, config: TrainConfig, runtime: Runtime, updates_per_epoch: int) -> TrainState:
+    choose_attention(model, config, runtime.device)
     optimizer = create_optimizer(config, model, config.batch_size)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=updates_per_epoch)
     task = ClassificationTask(model, create_criterion(config), device=runtime.device, verbose=False)

@@ -220,6 +220,12 @@ def test_bfloat16_training(made: list[Any]) -> None:
     assert images.dtype == torch.float32 and output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_takes_the_attention_that_the_command_takes(made: list[Any], precision: str) -> None:
+    prepare(Case("lvvit_nano4_32", None, 2), "train", BenchmarkConfig(**SMALL, precision=precision), CPU)
+    assert all(block.attn.fused_attn == (precision == "float32") for block in made[0].blocks)
+
+
 def test_float32_training_is_not_mixed(made: list[Any]) -> None:
     prepare(Case("vip_nano4_32", None, 2), "train", BenchmarkConfig(**SMALL), CPU)
     assert made[0].seen[-1][1].dtype == torch.float32

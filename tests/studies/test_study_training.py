@@ -16,9 +16,10 @@ from PIL import Image
 
 from studies.data_efficiency import __main__ as command
 from studies.data_efficiency import runs, training
-from studies.data_efficiency.models import ABLATIONS, BASELINE, MODELS, SIZES, Size
+from studies.data_efficiency.models import ABLATIONS, BASELINE, MODELS, SIZES, Size, build
 from studies.data_efficiency.training import Batches, Job, normalize, share
 from vip.errors import UserError
+from vip.training.config import TrainConfig
 from vip.training.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -225,6 +226,13 @@ def test_all_models_train_for_the_same_operations(size: str, monkeypatch: pytest
     for name in ABLATIONS:
         assert seen[name] == seen[BASELINE], name
     assert seen[BASELINE] == pytest.approx(SIZES[size].images, rel=0.02)
+
+
+def test_attention_is_the_one_that_trains_faster() -> None:
+    size = SIZES["small"]
+    config = TrainConfig(**training.COMMON_RECIPE, **size.recipe)
+    state = training._create_state(build("ViT", size), config, Runtime(CPU), 1)
+    assert not any(block.attn.fused_attn for block in state.task.trainable_module.blocks)
 
 
 # --- all trainings

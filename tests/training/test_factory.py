@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import is_fast_norm
 from timm.task import ClassificationTask
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 import vip  # noqa: F401  # registers the models
 from vip.errors import UserError
 from vip.training.config import TrainConfig
-from vip.training.factory import compile_task, create_model, create_optimizer
+from vip.training.factory import choose_attention, compile_task, create_model, create_optimizer
 from vip.training.resume import _taking_its_own_steps
 
 
@@ -113,3 +114,31 @@ def test_low_precision_norms_are_of_the_models_that_ask_for_them() -> None:
     for fast in (True, False):
         create_model(TrainConfig(model="vip_nano4_32", fast_norm=fast), num_classes=10)
         assert is_fast_norm() == fast
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "fused"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"amp_dtype": "bfloat16"}, True),
+        ("cpu", {"amp": True}, True),
+        ("cpu", {"amp": True, "amp_dtype": "bfloat16"}, False),
+        ("cpu", {"native_amp": True, "amp_dtype": "bfloat16"}, False),
+        ("cuda", {"amp": True, "amp_dtype": "bfloat16"}, True),
+    ],
+)
+@pytest.mark.parametrize("name", ["lvvit_nano4_32", "test_vit"])
+def test_attention_is_fused_where_that_trains_faster(
+    name: str, device: str, options: dict, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    model = timm.create_model(name, img_size=32).eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    assert calls
+    calls.clear()
+    choose_attention(model, TrainConfig(**options), torch.device(device))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert bool(calls) == fused

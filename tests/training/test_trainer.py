@@ -170,6 +170,13 @@ def test_layer_decay_reaches_the_optimizer(colours: Path, tmp_path: Path):
     assert rates[id(model.patch_embed.proj.weight)] < rates[id(first)] < rates[id(last)] < rates[id(model.head.weight)]
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_attention_is_chosen_for_the_precision(colours: Path, tmp_path: Path, amp: bool):
+    config = quick(colours, tmp_path, model="lvvit_nano4_32", amp=amp, amp_dtype="bfloat16")
+    model = Trainer(config, Runtime(torch.device("cpu"))).eval_model
+    assert all(block.attn.fused_attn != amp for block in model.blocks)
+
+
 @pytest.mark.parametrize(
     "options",
     [

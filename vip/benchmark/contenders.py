@@ -21,7 +21,14 @@ from vip.errors import UserError
 from vip.models.inference import optimize_for_inference
 from vip.training.config import TrainConfig
 from vip.training.engine import TrainState, train_step
-from vip.training.factory import compile_task, create_criterion, create_model, create_optimizer, resolve_data_config
+from vip.training.factory import (
+    choose_attention,
+    compile_task,
+    create_criterion,
+    create_model,
+    create_optimizer,
+    resolve_data_config,
+)
 from vip.training.runtime import setup_precision
 
 _logger = logging.getLogger(__name__)
@@ -177,6 +184,7 @@ def _inference_step(
 def _training_step(
     model: Any, images: torch.Tensor, config: BenchmarkConfig, training: TrainConfig
 ) -> tuple[Step, Callable[[], Iterable[torch.Tensor]]]:
+    choose_attention(model, training, images.device)
     optimizer = create_optimizer(training, model, len(images))
     # images are not mixed here, but their targets have the form that mixing gives them
     target = torch.rand(len(images), model.num_classes, device=images.device).softmax(-1)

@@ -38,6 +38,11 @@ class PrecisionConfig(Options):
     native_amp: bool = option(False, "the same as --amp")
     apex_amp: bool = option(False, "float16 mixed precision with dynamic loss scaling, by Apex where apex.amp exists")
 
+    @property
+    def mixed_precision(self) -> bool:
+        """Whether anything asks for mixed precision."""
+        return self.amp or self.native_amp or self.apex_amp
+
 
 @dataclass(kw_only=True)
 class StartConfig(Options):

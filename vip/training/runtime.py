@@ -233,7 +233,7 @@ def setup_precision(config: PrecisionConfig, device: torch.device) -> Precision:
         raise UserError("--apex-amp is float16; for bfloat16 give --amp --amp-dtype bfloat16 without it.")
     if config.apex_amp and device.type == "cuda" and (apex_amp := find_apex_amp()):
         return Precision(nullcontext, ApexScaler(), apex_amp, "float16 mixed precision by apex.amp (O1)")
-    if not (config.amp or config.native_amp or config.apex_amp):
+    if not config.mixed_precision:
         return Precision(nullcontext, None, None, "float32")
     dtype = torch.float16 if config.apex_amp else getattr(torch, config.amp_dtype)
     autocast = partial(torch.autocast, device_type=device.type, dtype=dtype)

@@ -40,6 +40,7 @@ from vip.training.distillation import create_distillation, create_teacher
 from vip.training.engine import TrainState, evaluate, train_one_epoch
 from vip.training.factory import (
     check_compile_backend,
+    choose_attention,
     compile_task,
     create_criterion,
     create_optimizer,
@@ -193,6 +194,7 @@ class Trainer:
             _logger.info(f"{frozen:,} of them are frozen")
 
         model = model.to(self.runtime.device)
+        choose_attention(model, config, self.runtime.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if config.sync_bn and self.runtime.distributed and self.runtime.device.type == "cuda":
