@@ -290,6 +290,13 @@ def test_targets_come_first_and_the_rest_while_there_is_time(
     assert command("benchmark", "--suite", "performance", "--out", out).status == 0
     assert len(asked) == (6 if kind == "cuda" else 5 + 16), "six minutes on a GPU"
 
+    asked.clear()
+    monkeypatch.setattr(cli, "where_time_goes", suite.where_time_goes)
+    assert command("benchmark", "--suite", "performance", "--out", out, "--minutes", 4).status == 0
+    assert asked == targets
+    left_out = [line for line in out.read_text().splitlines() if "--minutes" in line]
+    assert sum(line.startswith(("| inference: ", "| training step: ")) for line in left_out) == 2 * 3
+
 
 def test_what_fails_is_a_failure(
     command: Callable[..., Outcome],

@@ -55,7 +55,7 @@ class TimingConfig(Options):
     rounds: int = option(5, "rounds, in each of which all models take a turn", low=1)
     seconds: float = option(1.0, "time of a turn (default of --suite on a GPU: 0.5)", low=0, high=3600)
     minutes: float | None = option(
-        None, "time after which --suite performance begins no row beside its targets (default: 6 on a GPU)", low=0
+        None, "time after which --suite performance begins nothing beside its targets (default: 6 on a GPU)", low=0
     )
     warmup: int = option(3, "steps of a model before anything is timed", low=1)
 

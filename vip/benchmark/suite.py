@@ -30,6 +30,7 @@ LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 # the kernels of vip.ops twice
 MEMORY_BUDGET = 0.6
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
+LEFT_OUT = "left out: the time was over (--minutes sets more)"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def run_parts(
     for part in tqdm(parts, "Suite", leave=False, disable=None):
         begin = time.monotonic()
         if begin >= until:
-            findings.append(Finding(part.name, [], remark="left out: the time was over (--minutes sets more)"))
+            findings.append(Finding(part.name, [], remark=LEFT_OUT))
             continue
         try:
             free_memory(device)  # raises where a kernel has left a GPU unusable
@@ -409,14 +410,25 @@ def _phase(phase: str, compiled: bool = False) -> str:
     return ("training step" if phase == "train" else phase) + (", compiled" if compiled else "")
 
 
-def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, dict[str, float] | str]:
-    """Shares of the time of a step by kind of operation, for the models whose paths differ; why not, where it fails."""
+def where_time_goes(
+    config: BenchmarkConfig, device: torch.device, until: float = inf
+) -> dict[str, dict[str, float] | str]:
+    """Shares of the time of a step by kind of operation, for the models whose paths differ; why not, where it fails.
+
+    Args:
+        config: Batch size, the first of `batch_size`, and warm-up.
+        device: Device of the models.
+        until: Time, as `time.monotonic` tells it, from which on the others are `LEFT_OUT`.
+    """
     precision = "bfloat16" if device.type == "cuda" else "float32"
     entries = [Entry(form="textbook", precision=precision), Entry(precision=precision)]
     entries.append(Entry("resmlp_24_224", precision=precision))
     shares: dict[str, dict[str, float] | str] = {}
     for phase, entry in product(PRODUCTS, entries):
         name = f"{_phase(phase)}: {entry}"
+        if time.monotonic() >= until:
+            shares[name] = LEFT_OUT
+            continue
         try:
             free_memory(device)
             shares[name] = time_shares(_prepare(entry, phase, config.batch_size[0], config, device).step, device)
