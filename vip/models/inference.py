@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ __all__ = ["optimize_for_inference"]
 
 _PACKED = (torch.float32, torch.bfloat16, torch.float16)  # what oneDNN has layouts for
 _COMPILING = threading.Lock()
+_SHAPES: Any = import_module("torch.fx.experimental._config")
+# lets a batch of one image be open, too; torch 2.6 does not know it
+_OPEN_BATCH = {"backed_size_oblivious": True} if hasattr(_SHAPES, "backed_size_oblivious") else {}
 
 
 def optimize_for_inference(
@@ -100,23 +104,30 @@ def _compile(model: nn.Module) -> Any:
         return torch.compile(model, options={"max_autotune": True})
     compiled: Any = torch.compile(model)
     if all(weight.device.type == "cpu" and weight.dtype in _PACKED for weight in weights):
-        compiled.forward = _freezing(compiled.forward)
+        compiled.forward = _packing(compiled.forward)
     return compiled
 
 
-def _freezing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch take weights for constants, and pack them for the processor, where it compiles.
+def _packing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch take weights for constants, and pack them for oneDNN, where it compiles.
 
-    It reads whether to from a setting of the process, as it traces, and ignores the option of torch.compile. So the
-    setting holds while a call may compile: the first with images of a size. No other waits for it.
+    It reads whether to from settings of the process, as it traces, and ignores the options of torch.compile. So the
+    settings hold while a call may compile: the first with images of a size. No other waits for it.
+
+    Of float32 torch packs weights for MKL if it knows the batch, and for oneDNN if not. oneDNN computes GELU and sums
+    at the end of a product, and is as fast on processors for which MKL has no kernels, so the batch is left open. What
+    is compiled for several images is for any number of them, but for one.
     """
     compiled_for = set()
 
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        case = x.shape, x.dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.is_inference()
+        case = x.shape[1:], len(x) > 1, x.dtype, mode
         if case in compiled_for:
             return forward(x, *args, **kwargs)
-        with _COMPILING, inductor.patch(freezing=True):
+        x = x.view_as(x)  # the mark is not the caller's
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        with _COMPILING, inductor.patch(freezing=True), _SHAPES.patch(_OPEN_BATCH):
             output = forward(x, *args, **kwargs)
         compiled_for.add(case)
         return output
