@@ -30,10 +30,14 @@ def write_images(root: Path, per_class: int, names: dict[str, tuple[int, int, in
 
 
 @pytest.fixture(scope="session", autouse=True)
-def free_memory() -> Iterator[None]:
-    """Lets the process of the tests give memory back, which tells what a test takes; commands end, and need not."""
+def process_as_it_was() -> Iterator[None]:
+    """Keeps what commands set in their process out of that of the tests.
+
+    It gives memory back, which tells what a test takes, and multiplies by what torch takes by default.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vip.training.runtime._keep_freed_memory", lambda: None)
+        patch.setattr("vip.training.runtime._multiply_by_onednn", lambda: None)
         yield
 
 

@@ -117,20 +117,22 @@ def test_low_precision_norms_are_of_the_models_that_ask_for_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "fused"),
+    ("device", "options", "onednn", "fused"),
     [
-        ("cpu", {}, True),
-        ("cpu", {"amp_dtype": "bfloat16"}, True),
-        ("cpu", {"amp": True}, True),
-        ("cpu", {"amp": True, "amp_dtype": "bfloat16"}, False),
-        ("cpu", {"native_amp": True, "amp_dtype": "bfloat16"}, False),
-        ("cuda", {"amp": True, "amp_dtype": "bfloat16"}, True),
+        ("cpu", {}, False, True),
+        ("cpu", {}, True, False),
+        ("cpu", {"amp_dtype": "bfloat16"}, False, True),
+        ("cpu", {"amp": True}, False, True),
+        ("cpu", {"amp": True, "amp_dtype": "bfloat16"}, False, False),
+        ("cpu", {"native_amp": True, "amp_dtype": "bfloat16"}, False, False),
+        ("cuda", {"amp": True, "amp_dtype": "bfloat16"}, True, True),
     ],
 )
 @pytest.mark.parametrize("name", ["lvvit_nano4_32", "test_vit"])
 def test_attention_is_fused_where_that_trains_faster(
-    name: str, device: str, options: dict, fused: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, device: str, options: dict, onednn: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vip.training.factory.onednn_multiplies", lambda: onednn)
     calls: list[int] = []
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))

@@ -12,7 +12,14 @@ import torch
 
 from vip.errors import UserError
 from vip.training.config import TrainConfig
-from vip.training.runtime import _leave_cores_to_workers, find_apex_amp, setup_precision, setup_runtime
+from vip.training.runtime import (
+    _leave_cores_to_workers,
+    _multiply_by_onednn,
+    find_apex_amp,
+    onednn_multiplies,
+    setup_precision,
+    setup_runtime,
+)
 
 CPU = torch.device("cpu")
 
@@ -140,3 +147,52 @@ def test_memory_on_a_cpu_is_faulted_in_once(set_up: bool):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     faulted = sum(int(faults) > 100 for faults in done.stdout.split())
     assert faulted < 5 if set_up else faulted == 16  # what is small may come to lie where a large one was, and stay
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float32_is_multiplied_in_float32(transposed: bool):
+    """Whoever multiplies: rounding to bfloat16 makes errors of 2^-9, a sum of 512 in float32 less than 2^-18."""
+    code = f"""
+        import torch
+        from vip.training.runtime import setup_runtime
+        setup_runtime("cpu")
+        torch.manual_seed(0)
+        for rows, size, columns in ((1, 512, 33), (64, 512, 384), (2048, 512, 512), (9, 512, 1000)):
+            a, b = torch.rand(3, rows, size), torch.rand(size, columns)
+            b = b.t().contiguous().t() if {transposed} else b
+            for found, right in ((a[0] @ b, a[0].double() @ b.double()), (a @ b, a.double() @ b.double())):
+                print(((found - right) / right).abs().max().item())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    errors = [float(error) for error in done.stdout.split()]
+    assert len(errors) == 8 and max(errors) < 2**-18
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 cannot be asked")
+@pytest.mark.parametrize(
+    ("cpu", "by_onednn"),
+    [
+        ("vendor_id: AuthenticAMD\nflags: fma avx2 avx512f avx512_bf16", True),
+        ("vendor_id: AuthenticAMD\nflags: fma avx2", False),
+        ("vendor_id: AuthenticAMD\nflags: fma avx2 avx512f amx_tile", False),
+        ("vendor_id: GenuineIntel\nflags: fma avx2 avx512f amx_tile", False),
+        (None, False),
+    ],
+)
+def test_onednn_multiplies_where_mkl_leaves_half_idle(
+    cpu: str | None, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(self: Path, encoding: str) -> str:
+        if cpu is None:
+            raise FileNotFoundError(self)
+        return cpu
+
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", read)
+            _multiply_by_onednn()
+        assert onednn_multiplies() == by_onednn
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert not onednn_multiplies()

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -80,6 +81,7 @@ def setup_runtime(
         allow_fast_kernels()
     if kind == "cpu":
         _keep_freed_memory()
+        _multiply_by_onednn()
         if "OMP_NUM_THREADS" not in os.environ:
             _leave_cores_to_workers(workers)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -186,6 +188,26 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:  # other C libraries have none
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def _multiply_by_onednn() -> None:
+    """Have oneDNN multiply float32 where MKL leaves half of a processor idle, as AMD's with AVX-512.
+
+    torch asks oneDNN only if it may round operands to bfloat16. That is for matrix units (AMX); without any, oneDNN
+    computes in float32, to which a test holds it.
+    """
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # no Linux
+        return
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if matmul and "AuthenticAMD" in cpu and "avx512" in cpu and "amx" not in cpu:
+        matmul.fp32_precision = "bf16"
+
+
+def onednn_multiplies() -> bool:
+    """Whether oneDNN multiplies float32 on a CPU, and not MKL."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none") == "bf16"
 
 
 def find_apex_amp() -> ModuleType | None:
