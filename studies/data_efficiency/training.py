@@ -151,7 +151,7 @@ def train(job: Job, data: str, size_name: str, runtime: Runtime) -> dict[str, An
 
 
 def _create_state(model: nn.Module, config: TrainConfig, runtime: Runtime, updates_per_epoch: int) -> TrainState:
-    choose_attention(model, config, runtime.device)
+    choose_attention(model, config, runtime.device, training=True)
     optimizer = create_optimizer(config, model, config.batch_size)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=updates_per_epoch)
     task = ClassificationTask(model, create_criterion(config), device=runtime.device, verbose=False)

@@ -117,20 +117,26 @@ def test_low_precision_norms_are_of_the_models_that_ask_for_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "onednn", "fused"),
+    ("device", "options", "onednn", "fused", "fused_in_training"),
     [
-        ("cpu", {}, False, True),
-        ("cpu", {}, True, False),
-        ("cpu", {"amp_dtype": "bfloat16"}, False, True),
-        ("cpu", {"amp": True}, False, True),
-        ("cpu", {"amp": True, "amp_dtype": "bfloat16"}, False, False),
-        ("cpu", {"native_amp": True, "amp_dtype": "bfloat16"}, False, False),
-        ("cuda", {"amp": True, "amp_dtype": "bfloat16"}, True, True),
+        ("cpu", {}, False, True, True),
+        ("cpu", {}, True, False, False),
+        ("cpu", {"amp_dtype": "bfloat16"}, False, True, True),
+        ("cpu", {"amp": True}, True, True, True),
+        ("cpu", {"amp": True, "amp_dtype": "bfloat16"}, True, True, False),
+        ("cpu", {"native_amp": True, "amp_dtype": "bfloat16"}, False, True, False),
+        ("cuda", {"amp": True, "amp_dtype": "bfloat16"}, False, True, True),
     ],
 )
 @pytest.mark.parametrize("name", ["lvvit_nano4_32", "test_vit"])
-def test_attention_is_fused_where_that_trains_faster(
-    name: str, device: str, options: dict, onednn: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+def test_attention_is_fused_where_that_is_faster(
+    name: str,
+    device: str,
+    options: dict,
+    onednn: bool,
+    fused: bool,
+    fused_in_training: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vip.training.factory.onednn_multiplies", lambda: onednn)
     calls: list[int] = []
@@ -140,7 +146,8 @@ def test_attention_is_fused_where_that_trains_faster(
     x = torch.randn(1, 3, 32, 32)
     expected = model(x)
     assert calls
-    calls.clear()
-    choose_attention(model, TrainConfig(**options), torch.device(device))
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-    assert bool(calls) == fused
+    for training, expects in ((False, fused), (True, fused_in_training)):
+        calls.clear()
+        choose_attention(model, TrainConfig(**options), torch.device(device), training)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert bool(calls) == expects

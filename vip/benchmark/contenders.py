@@ -170,6 +170,7 @@ def _inference_step(
 ) -> tuple[Step, Callable[[], Iterable[torch.Tensor]]]:
     dtype = getattr(torch, config.precision)
     model, images = model.to(dtype).eval(), images.to(dtype)
+    choose_attention(model, training, images.device, training=False)
     weights = [*model.parameters(), *model.buffers()]
     if config.torchcompile:
         model = torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)
@@ -184,7 +185,7 @@ def _inference_step(
 def _training_step(
     model: Any, images: torch.Tensor, config: BenchmarkConfig, training: TrainConfig
 ) -> tuple[Step, Callable[[], Iterable[torch.Tensor]]]:
-    choose_attention(model, training, images.device)
+    choose_attention(model, training, images.device, training=True)
     optimizer = create_optimizer(training, model, len(images))
     # images are not mixed here, but their targets have the form that mixing gives them
     target = torch.rand(len(images), model.num_classes, device=images.device).softmax(-1)

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch.utils.collect_env import get_env_info
 
+from vip.training.runtime import onednn_multiplies
 from vip.version import __version__
 
 _GPU_CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
@@ -34,11 +35,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_threads_of_torch": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # not on Windows
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+    if device.type == "cpu":
+        by_default = "MKL" if torch.backends.mkl.is_available() else "BLAS"
+        facts["float32_products"] = "oneDNN" if onednn_multiplies() else by_default
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "gpu": properties.name,
             "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
             "gpu_capability": f"{properties.major}.{properties.minor}",

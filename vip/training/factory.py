@@ -137,20 +137,24 @@ def _set_batch_norm(model: nn.Module, config: RegularizationConfig) -> None:
         norm.eps = eps or norm.eps
 
 
-def choose_attention(model: nn.Module, config: PrecisionConfig, device: torch.device) -> None:
-    """Let a model train with the attention that is faster where it trains.
+def choose_attention(model: nn.Module, config: PrecisionConfig, device: torch.device, training: bool) -> None:
+    """Let a model compute with the attention that is faster where it runs.
 
-    On a CPU in bfloat16, or where oneDNN multiplies, that is two products and a softmax: torch's fused attention takes
-    a step of a transformer down to 0.8 or 0.9 of its speed there, by its backward pass, whose products are MKL's.
-    Elsewhere it is the faster one, and takes less memory.
+    Two products and a softmax are on a CPU that trains in bfloat16, where the backward pass of torch's fused attention
+    takes a step of a transformer down to 0.8 of its speed, and in float32 where oneDNN multiplies, as the products in
+    the fused one are MKL's. Elsewhere the fused one is faster, and takes less memory.
 
     Args:
         model: Any timm model, changed in place.
         config: The precision.
-        device: Where it trains.
+        device: Where it runs.
+        training: Whether it has a backward pass.
     """
-    bfloat16 = config.mixed_precision and config.amp_dtype == "bfloat16"
-    if device.type == "cpu" and (bfloat16 or onednn_multiplies()):
+    if config.mixed_precision:
+        plain = training and config.amp_dtype == "bfloat16"
+    else:
+        plain = onednn_multiplies()
+    if device.type == "cpu" and plain:
         layers: Iterable[Any] = model.modules()
         for layer in layers:
             if hasattr(layer, "fused_attn"):

@@ -194,7 +194,7 @@ class Trainer:
             _logger.info(f"{frozen:,} of them are frozen")
 
         model = model.to(self.runtime.device)
-        choose_attention(model, config, self.runtime.device)
+        choose_attention(model, config, self.runtime.device, training=True)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if config.sync_bn and self.runtime.distributed and self.runtime.device.type == "cuda":

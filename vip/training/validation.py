@@ -26,7 +26,7 @@ from vip.reporting.progress import ProgressBar
 from vip.reporting.results import Metrics, format_result, format_table, result_row, write_results
 from vip.training.config import EvaluationConfig, TrainConfig, ValidateConfig
 from vip.training.engine import evaluate
-from vip.training.factory import check_compile_backend, create_model, resolve_data_config
+from vip.training.factory import check_compile_backend, choose_attention, create_model, resolve_data_config
 from vip.training.labels import check_test_set, create_real_labels, label_subset
 from vip.training.preprocessing import label_names
 from vip.training.runtime import (
@@ -346,6 +346,7 @@ def prepare_model(
         if pooled:
             data_config["crop_pct"] = 1.0
     model = model.to(runtime.device).eval()
+    choose_attention(model, config, runtime.device, training=False)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if precision.apex_amp is not None:
