@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ def process_as_it_was() -> Iterator[None]:
         patch.setattr("vip.training.runtime._keep_freed_memory", lambda: None)
         patch.setattr("vip.training.runtime._multiply_by_onednn", lambda: None)
         yield
+
+
+@pytest.fixture
+def matmul_setting() -> Iterator[Any]:
+    """torch's setting of oneDNN's matrix products, which is what it was afterwards."""
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if setting is None:
+        pytest.skip("torch before 2.9 has none")
+    before = setting.fp32_precision
+    yield setting
+    setting.fp32_precision = before
 
 
 @pytest.fixture(scope="session")

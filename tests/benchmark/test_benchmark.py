@@ -480,11 +480,12 @@ def test_clocks_are_read_apart_from_what_does_not_change() -> None:
     assert "cpu_mhz" in environment.clocks(CPU) and not environment.clocks(CPU).keys() & environment.environment(CPU)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 cannot be asked")
 @pytest.mark.parametrize(("precision", "name"), [("bf16", "oneDNN"), ("none", "MKL")])
-def test_who_multiplies_is_told(precision: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where torch refuses to say how precisely, as it does once it was set for one library."""
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", precision)
+def test_who_multiplies_is_told(
+    precision: str, name: str, matmul_setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch refuses to say how precisely, as it does once that was set for one library."""
+    matmul_setting.fp32_precision = precision
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert environment.environment(CPU)["float32_products"] == name
 

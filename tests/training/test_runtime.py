@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -168,7 +169,6 @@ def test_float32_is_multiplied_in_float32(transposed: bool):
     assert len(errors) == 8 and max(errors) < 2**-18
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 cannot be asked")
 @pytest.mark.parametrize(
     ("cpu", "by_onednn"),
     [
@@ -180,19 +180,15 @@ def test_float32_is_multiplied_in_float32(transposed: bool):
     ],
 )
 def test_onednn_multiplies_where_mkl_leaves_half_idle(
-    cpu: str | None, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    cpu: str | None, by_onednn: bool, matmul_setting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(self: Path, encoding: str) -> str:
         if cpu is None:
             raise FileNotFoundError(self)
         return cpu
 
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", read)
-            _multiply_by_onednn()
-        assert onednn_multiplies() == by_onednn
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
     assert not onednn_multiplies()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read)
+        _multiply_by_onednn()
+    assert onednn_multiplies() == by_onednn
