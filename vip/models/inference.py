@@ -24,8 +24,8 @@ __all__ = ["optimize_for_inference"]
 _PACKED = (torch.float32, torch.bfloat16, torch.float16)  # what oneDNN has layouts for
 _COMPILING = threading.Lock()
 _SHAPES: Any = import_module("torch.fx.experimental._config")
-# lets a batch of one image be open, too; torch 2.6 does not know it
-_OPEN_BATCH = {"backed_size_oblivious": True} if hasattr(_SHAPES, "backed_size_oblivious") else {}
+_OPENS_BATCH = torch.__version__ >= "2.9"  # which packs float32 for an open batch; earlier ones leave it unpacked
+_OPEN_BATCH = {"backed_size_oblivious": True} if _OPENS_BATCH else {}  # of one image, too
 
 
 def optimize_for_inference(
@@ -115,18 +115,19 @@ def _packing(forward: Callable[..., Any]) -> Callable[..., Any]:
     settings hold while a call may compile: the first with images of a size. No other waits for it.
 
     Of float32 torch packs weights for MKL if it knows the batch, and for oneDNN if not. oneDNN computes GELU and sums
-    at the end of a product, and is as fast on processors for which MKL has no kernels, so the batch is left open. What
-    is compiled for several images is for any number of them, but for one.
+    at the end of a product, and is fast on processors for which MKL has no kernels, too, so the batch is left open.
+    What is compiled then serves other batches, but for those that torch treats in another way, as that of one image.
     """
     compiled_for = set()
 
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.is_inference()
-        case = x.shape[1:], len(x) > 1, x.dtype, mode
+        case = x.shape, x.dtype, mode
         if case in compiled_for:
             return forward(x, *args, **kwargs)
-        x = x.view_as(x)  # the mark is not the caller's
-        torch._dynamo.maybe_mark_dynamic(x, 0)
+        if _OPENS_BATCH:
+            x = x.view_as(x)  # the mark is not the caller's
+            torch._dynamo.maybe_mark_dynamic(x, 0)
         with _COMPILING, inductor.patch(freezing=True), _SHAPES.patch(_OPEN_BATCH):
             output = forward(x, *args, **kwargs)
         compiled_for.add(case)
