@@ -122,7 +122,7 @@ def _packing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.is_inference()
-        case = x.shape, x.dtype, mode
+        case = x.shape, x.stride(), x.dtype, mode
         if case in compiled_for:
             return forward(x, *args, **kwargs)
         if _OPENS_BATCH:
