@@ -160,9 +160,9 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
 _KINDS = {  # of kernels and operations, by what their names hold in small letters
     "matrix products": (
         *("gemm", "::mm", "addmm", "bmm", "cutlass", "nvjet", "xmma", "mkldnn_linear", "convolution", "conv2d"),
-        *("_mix_kernel", "_weight_grad_kernel"),  # of vip.ops
+        "_mix_kernel",  # of vip.ops
     ),
-    "copies": ("copy", "memcpy", "clone", "::cat", "catarray", "elementwise_kernel_with_index"),
+    "copies": ("_pack_kernel", "copy", "memcpy", "clone", "::cat", "catarray", "elementwise_kernel_with_index"),
     "norms, means and softmax": ("norm", "gammabeta", "mean", "sum", "softmax", "reduce", "_red_", "_per_"),
     "activations": ("gelu", "relu"),
     "other element by element": ("add", "mul", "div", "elementwise", "_poi_", "foreach", "adam"),

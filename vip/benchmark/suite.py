@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,17 +22,17 @@ from vip.benchmark.measure import Step, free_memory, matmul_step, one_line, sync
 from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
 from vip.data.augmentation import import_fast_images
-from vip.models.vision_permutator import AxisMix, PermuteMlp
+from vip.models.vision_permutator import PermuteMlp
+from vip.training.runtime import available_cores
 
 _logger = logging.getLogger(__name__)
 
 # tokens along an axis, channels and their segments, of vip_s7, of vip_m7 and vip_l7, and of vip_s14 too
 LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
-# what makes room for larger batches, and not speed; lower ones spare little more on a CPU, and on a GPU torch would run
-# the kernels of vip.ops twice
-MEMORY_BUDGET = 0.6
+MEMORY_BUDGET = 0.6  # what makes room for larger batches, and not speed; lower ones spare little more
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 LEFT_OUT = "left out: the time was over (--minutes sets more)"
+_AHEAD_SECONDS = 240  # what other processes have not compiled by then is compiled where it is measured
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured at once, and what it is called where it fails or is left out."""
+    """What is measured at once.
+
+    Attributes:
+        name: What it is called where it fails or is left out.
+        find: Measures it.
+        jobs: Entries and phases that it has to be compiled for.
+    """
 
     name: str
     find: Callable[[BenchmarkConfig, torch.device], list[Finding]]
+    jobs: tuple[tuple[Entry, str], ...] = ()
 
 
 def check_suite() -> None:
@@ -98,10 +107,11 @@ def check_suite() -> None:
 
 def target_parts(device: torch.device) -> list[Part]:
     """What `vip_s7` and what surrounds it are to reach on a device."""
+    gpu = device.type == "cuda"
     return [
-        Part("inference", _on_gpu if device.type == "cuda" else _on_cpu),
-        Part("training step", _training),
-        Part("training step in less memory", _lean_training),
+        Part("inference", _on_gpu if gpu else _on_cpu, _jobs(_inference_on_gpu(), "inference") if gpu else ()),
+        Part("training step", _training, _jobs(_training_entries(device), "train")),
+        Part("training step in less memory", _lean_training, _jobs(_lean_entries(device), "train")),
         Part("time of an epoch", _epoch),
         Part("training data path", _data_path),
     ]
@@ -111,12 +121,51 @@ def beside_parts(device: torch.device) -> list[Part]:
     """What is reported beside: kernels by themselves, and the other models."""
     layers = LAYERS if device.type == "cuda" else ()
     kernels = (Part(f"kernels, {_named(layer)}", partial(kernel_findings, layer)) for layer in layers)
-    return [*_others(compiled=False), *kernels, *_others(compiled=True)]
+    return [*_others(False, device), *kernels, *_others(True, device)]
 
 
-def _others(compiled: bool) -> Iterator[Part]:
+def _others(compiled: bool, device: torch.device) -> Iterator[Part]:
     for model, phase in product(MODELS, PRODUCTS):
-        yield Part(f"{_phase(phase, compiled)}, {model}", partial(_other, model, phase, compiled))
+        jobs = _jobs(_other_entries(model, phase, compiled, device), phase)
+        yield Part(f"{_phase(phase, compiled)}, {model}", partial(_other, model, phase, compiled), jobs)
+
+
+def _jobs(entries: Iterable[Entry], phase: str) -> tuple[tuple[Entry, str], ...]:
+    return tuple((entry, phase) for entry in entries if entry.compiled)
+
+
+def compile_ahead(
+    jobs: list[tuple[Entry, str]], config: BenchmarkConfig, device: torch.device, until: float = inf
+) -> None:
+    """Let other processes compile for a GPU, side by side, what this one then finds in torch's cache on disk.
+
+    What fails there fails here, too, and is told then.
+
+    Args:
+        jobs: Entries and phases.
+        config: Batch size of the models, the first of `batch_size`.
+        device: Device of the models.
+        until: Time, as `time.monotonic` tells it, at which they are stopped.
+    """
+    cores = available_cores()
+    processes = min(len(jobs), cores // 2)
+    if device.type != "cuda" or processes < 2:
+        return
+    name = "TORCHINDUCTOR_COMPILE_THREADS"  # which torch reads as it starts
+    threads = os.environ.get(name)
+    os.environ[name] = str(cores // processes)
+    try:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:  # which ends them in the end
+            compiled = pool.map_async(partial(_compile, config, device), jobs, chunksize=1)
+            compiled.wait(max(0.0, min(_AHEAD_SECONDS, until - time.monotonic())))
+    finally:
+        os.environ.pop(name)
+        if threads is not None:
+            os.environ[name] = threads
+
+
+def _compile(config: BenchmarkConfig, device: torch.device, job: tuple[Entry, str]) -> None:
+    _prepare(*job, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
 
 
 def run_parts(
@@ -139,6 +188,8 @@ def run_parts(
         What was found.
     """
     findings: list[Finding] = []
+    parts = list(parts)
+    jobs = [job for part in parts for job in part.jobs]
     for part in tqdm(parts, "Suite", leave=False, disable=None):
         begin = time.monotonic()
         if begin >= until:
@@ -146,6 +197,9 @@ def run_parts(
             continue
         try:
             free_memory(device)  # raises where a kernel has left a GPU unusable
+            if part.jobs and jobs:
+                compile_ahead(jobs, config, device, until)
+                jobs = []
             found = part.find(config, device)
         except Exception as e:  # one part may fail in a way of its own, and the others are worth having
             found = [Finding(part.name, [], remark=one_line(e), failed=True)]
@@ -267,11 +321,21 @@ def _prepare(entry: Entry, phase: str, batch_size: int, config: BenchmarkConfig,
     return contender
 
 
+def _inference_on_gpu() -> tuple[Entry, ...]:
+    """The textbook, the model as it is, the textbook compiled, the model at its best, and its rival."""
+    return (
+        Entry(form="textbook"),
+        Entry(),
+        Entry(form="textbook", compiled=True),
+        Entry(form="optimized", compiled=True),
+        Entry("resmlp_24_224", compiled=True),
+    )
+
+
 def _on_gpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    batch = config.batch_size[0]
-    book, book_compiled = Entry(form="textbook"), Entry(form="textbook", compiled=True)
-    own, best, rival = Entry(), Entry(form="optimized", compiled=True), Entry("resmlp_24_224", compiled=True)
-    group = measure([book, own, book_compiled, best, rival], "inference", batch, config, device)
+    batch, entries = config.batch_size[0], _inference_on_gpu()
+    book, own, book_compiled, best, rival = entries
+    group = measure(entries, "inference", batch, config, device)
     what = f"inference, batch {batch}"
     return [
         group.faster(what, best, book, 2.5),
@@ -298,17 +362,17 @@ def _on_cpu(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     return findings
 
 
-def _training_entries(device: torch.device) -> tuple[Entry, Entry]:
-    """The model as it is, and compiled."""
+def _training_entries(device: torch.device) -> tuple[Entry, ...]:
+    """The textbook, the model as it is, and both compiled."""
     own = Entry(precision="bfloat16" if device.type == "cuda" else "float32")
-    return own, dataclasses.replace(own, compiled=True)
+    book = dataclasses.replace(own, form="textbook")
+    return book, own, dataclasses.replace(book, compiled=True), dataclasses.replace(own, compiled=True)
 
 
 def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    own, best = _training_entries(device)
-    book, book_compiled = (dataclasses.replace(entry, form="textbook") for entry in (own, best))
-    batch = config.batch_size[0]
-    group = measure([book, own, book_compiled, best], "train", batch, config, device)
+    batch, entries = config.batch_size[0], _training_entries(device)
+    book, own, book_compiled, best = entries
+    group = measure(entries, "train", batch, config, device)
     what, targets = f"training step, batch {batch}", (2.0, 1.3) if device.type == "cuda" else (None, None)
     return [
         group.faster(what, best, book, targets[0]),
@@ -318,18 +382,22 @@ def _training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     ]
 
 
+def _lean_entries(device: torch.device) -> tuple[Entry, Entry]:
+    book, *_, best = _training_entries(device)
+    return book, dataclasses.replace(best, memory_budget=MEMORY_BUDGET)
+
+
 def _lean_training(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """A group of its own: of two memory budgets for the same model, torch.compile would use the first for both."""
-    own, best = _training_entries(device)
-    book, lean = dataclasses.replace(own, form="textbook"), dataclasses.replace(best, memory_budget=MEMORY_BUDGET)
-    batch = config.batch_size[0]
-    group = measure([book, lean], "train", batch, config, device)
+    batch, entries = config.batch_size[0], _lean_entries(device)
+    book, lean = entries
+    group = measure(entries, "train", batch, config, device)
     what, limit = f"training step, batch {batch}", 0.6 if device.type == "cuda" else None
     return [group.faster(what, lean, book), *group.memory_share(what, lean, book, limit)]
 
 
 def kernel_findings(layer: tuple[int, int, int], config: BenchmarkConfig, device: torch.device) -> list[Finding]:
-    """A Permute-MLP and its mixing layers by the kernels of `vip.ops` against torch.
+    """Inference of a Permute-MLP by the kernels of `vip.ops` against torch.
 
     Args:
         layer: Tokens along an axis, channels and their segments.
@@ -337,39 +405,26 @@ def kernel_findings(layer: tuple[int, int, int], config: BenchmarkConfig, device
         device: Device.
     """
     length, dim, segments = layer
-    size = dim // segments
     # four batches where the kernels take as much: one product is done before Python has started the next
     batch = min(4 * config.batch_size[0], (2**31 - 1) // (length**2 * dim))
-    x = torch.randn(batch, length, length, segments, size, device=device, dtype=torch.bfloat16, requires_grad=True)
-    if not ops.use_kernels(x):
-        return [Finding(f"kernels, {_named(layer)}", [], remark="they are off, or not for this device")]
+    what = f"{_named(layer)}, bfloat16, batch {batch}: kernels against torch"
+    x = torch.randn(batch, length, length, dim, device=device, dtype=torch.bfloat16)
+    if not ops.use_kernels(x.unflatten(3, (segments, -1))):
+        return [Finding(what, [], remark="they are off, or not for this device")]
     mlp = PermuteMlp(dim, segments, (length, length), device=device, dtype=torch.bfloat16)
-    flops = 2 * x.numel() * length * size
-    steps = {"inference": (partial(_infer, mlp, x.detach().flatten(3)), 2 * flops + 4 * x.numel() * dim)}
-    for axis, line, mix in ((1, "height", mlp.mlp_h), (2, "width", mlp.mlp_w)):
-        steps[f"{line}, forward"] = partial(_mix, mix, x, axis, False), flops
-        steps[f"{line}, forward and backward"] = partial(_mix, mix, x, axis, True), 3 * flops
-    return [
-        _kernel_finding(
-            f"{_named(layer)}, bfloat16, batch {batch}, {name}: kernels against torch", *step, config, device
-        )
-        for name, step in steps.items()
-    ]
+    steps: dict[Hashable, Step] = {on: partial(_with_kernels, on, partial(_infer, mlp, x)) for on in (True, False)}
+    for run in steps.values():
+        run()  # compiles
+    turns = take_turns(steps, config.rounds, config.seconds / 10, device)
+    own, other = (turns[on].seconds for on in (True, False))
+    flops = 4 * x.numel() * (length * dim // segments + dim)
+    remark = f"{median(own) * 1e6:,.0f} and {median(other) * 1e6:,.0f} us; {flops / median(own) / 1e12:,.0f} TFLOP/s"
+    return [Finding(what, [b / a for a, b in zip(own, other, strict=True)], 1.0, remark=remark)]
 
 
 def _named(layer: tuple[int, int, int]) -> str:
     length, dim, segments = layer
     return f"{length}x{length} tokens, {segments} segments of {dim // segments}"
-
-
-def _kernel_finding(what: str, step: Step, flops: int, config: BenchmarkConfig, device: torch.device) -> Finding:
-    steps: dict[Hashable, Step] = {on: partial(_with_kernels, on, step) for on in (True, False)}
-    for run in steps.values():
-        run()  # compiles
-    turns = take_turns(steps, config.rounds, config.seconds / 10, device)
-    own, other = (turns[on].seconds for on in (True, False))
-    remark = f"{median(own) * 1e6:,.0f} and {median(other) * 1e6:,.0f} us; {flops / median(own) / 1e12:,.0f} TFLOP/s"
-    return Finding(what, [b / a for a, b in zip(own, other, strict=True)], 1.0, remark=remark)
 
 
 def _with_kernels(on: bool, step: Step) -> None:
@@ -385,22 +440,18 @@ def _infer(mlp: PermuteMlp, x: torch.Tensor) -> None:
         mlp(x)
 
 
-def _mix(layer: AxisMix, x: torch.Tensor, axis: int, backward: bool) -> None:
-    with torch.set_grad_enabled(backward):
-        mixed = layer.mix(x, axis).contiguous()  # in the layout that what follows reads
-    if backward:
-        torch.autograd.grad(mixed, (x, layer.weight), mixed)
+def _other_entries(model: str, phase: str, compiled: bool, device: torch.device) -> tuple[Entry, Entry]:
+    book = Entry(model, "textbook", compiled, "bfloat16" if device.type == "cuda" else "float32")
+    return dataclasses.replace(book, form="optimized" if compiled and phase == "inference" else ""), book
 
 
 def _other(model: str, phase: str, compiled: bool, config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """None of the other models may be slower than as its paper spells it out, or take more memory."""
-    precision, batch = "float32", config.batch_size[0]
+    batch, entries = config.batch_size[0], _other_entries(model, phase, compiled, device)
+    own, book = entries
     if device.type == "cuda":  # where there is more to measure
-        precision = "bfloat16"
         config = dataclasses.replace(config, rounds=min(config.rounds, 3), seconds=config.seconds / 2)
-    book = Entry(model, "textbook", compiled, precision)
-    own = dataclasses.replace(book, form="optimized" if compiled and phase == "inference" else "")
-    group = measure([own, book], phase, batch, config, device)
+    group = measure(entries, phase, batch, config, device)
     what = f"{_phase(phase)}, batch {batch}"
     memory = group.memory_share(what, own, book) if phase == "train" else []
     return [group.faster(what, own, book, 1.0), *memory]

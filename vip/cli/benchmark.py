@@ -115,7 +115,7 @@ def _performance(config: BenchmarkConfig, device: torch.device, keep: Callable[[
     facts = environment(device)
     setting = f"{config.turns}, optimized models compiled"
     if gpu:
-        setting += " with a search for matrix products; kernels a tenth of a turn, other models half, at most 3 rounds"
+        setting += "; kernels a tenth of a turn, other models half, at most 3 rounds"
     tables: list[str] = []
 
     def text(findings: list[Finding]) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath
+from timm.layers import Attention, DropPath, Mlp, PatchEmbed
 from torch import nn
 from torch._inductor import config as inductor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from vip import ops
 
 from .external_attention_mlp import Block as ExternalAttentionBlock
 from .external_attention_mlp import TokenBlock
@@ -22,6 +24,8 @@ from .vision_permutator import PermutatorBlock, PermuteMlp, VisionPermutator
 __all__ = ["optimize_for_inference"]
 
 _PACKED = (torch.float32, torch.bfloat16, torch.float16)  # what oneDNN has layouts for
+# a sum that several read is written once, and not taken anew by each
+_GPU_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 1}
 _COMPILING = threading.Lock()
 _SHAPES: Any = import_module("torch.fx.experimental._config")
 _OPENS_BATCH = torch.__version__ >= "2.9"  # which packs float32 for an open batch; earlier ones leave it unpacked
@@ -76,6 +80,8 @@ def optimize_for_inference(
             if isinstance(module.attn, Attention):
                 _fold_layer_norm(module.norm1, module.attn.qkv)
     model = model.to(_fast_dtype(model) if dtype is None else dtype)
+    if next(model.parameters(), torch.empty(0)).is_cuda:
+        _use_larger_kernels(model)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return _compile(model) if compiled else model
@@ -97,11 +103,69 @@ class _BranchByBranch(nn.Linear):
         return F.linear(x, self.weight, self.bias).unflatten(-1, (3, -1)).transpose(-1, -2)
 
 
+def _use_larger_kernels(model: nn.Module) -> None:
+    """Let a GPU's library compute patch embeddings as matrix products, and GELU at the end of the product before it."""
+    for module in list(model.modules()):
+        if isinstance(module, PatchEmbed) and _takes_patches(module.proj):
+            module.proj = _PatchLinear(module.proj)  # type: ignore[assignment]  # timm's is a convolution
+        if isinstance(module, Mlp) and _ends_in_gelu(module):
+            module.fc1, module.act = _GeluLinear(module.fc1), nn.Identity()
+
+
+def _takes_patches(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and not any(conv.padding) and conv.groups == 1
+
+
+def _ends_in_gelu(mlp: Mlp) -> bool:
+    linear, act = mlp.fc1, mlp.act
+    exact = isinstance(act, nn.GELU) and act.approximate == "none"
+    return exact and type(linear) is nn.Linear and linear.bias is not None and linear.weight.dtype in ops.HALVES
+
+
+class _PatchLinear(nn.Linear):
+    """A convolution of patches side by side as a matrix product, for which libraries have faster kernels.
+
+    Patches of 7x7 pixels have 147 values; they are made a multiple of 8, as matrix units want rows of 16 bytes.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        size = conv.weight[0].numel()
+        self.pad = -size % 8
+        super().__init__(size + self.pad, conv.out_channels, conv.bias is not None, device="meta")
+        self.patch_size = conv.kernel_size
+        self.weight = nn.Parameter(F.pad(conv.weight.flatten(1), (0, self.pad)), requires_grad=False)
+        self.register_parameter("bias", conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images `[B, C_in, H, W]` to `[B, C_out, H / P, W / P]`, whose channels are last in memory."""
+        height, width = self.patch_size
+        x = x[:, :, : x.shape[2] // height * height, : x.shape[3] // width * width]  # convolutions leave the rest out
+        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        rows = F.pad(patches.flatten(3), (0, self.pad))  # [B, H / P, W / P, C_in * P * P and padding]
+        return F.linear(rows, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class _GeluLinear(nn.Linear):
+    """A linear layer that ends in GELU, by its tanh form.
+
+    What is summed in float32 goes into GELU before it is rounded to 16 bits. So the result is nearer to exact GELU of
+    exact sums than exact GELU of rounded sums is, which costs a pass over memory more.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations `[..., out]` of `[..., in]`."""
+        lines = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+        return lines.reshape(x.shape[:-1] + lines.shape[-1:])
+
+
 def _compile(model: nn.Module) -> Any:
     weights = list(model.parameters())
     if any(weight.is_cuda for weight in weights):
-        # matrix products that end with what follows them are worth the search for them
-        return torch.compile(model, options={"max_autotune": True})
+        return torch.compile(model, options=_GPU_OPTIONS)
     compiled: Any = torch.compile(model)
     if all(weight.device.type == "cpu" and weight.dtype in _PACKED for weight in weights):
         compiled.forward = _packing(compiled.forward)

@@ -117,8 +117,6 @@ class AxisMix(nn.Linear):
 
     def mix(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Mix `[B, H, W, N, S]`, N segments of S channels, along its height (axis 1) or width (axis 2)."""
-        if not torch.jit.is_scripting() and ops.use_kernels(x):
-            return ops.axis_mix(x, self.weight_for(x.shape[axis] * x.shape[4]), axis)
         lines = x.movedim(axis, 3)  # [B, W, N, H, S] or [B, H, N, W, S]
         mixed = self(lines.flatten(3)).reshape(lines.shape).movedim(3, axis)
         return mixed if torch.compiler.is_compiling() else mixed.contiguous()  # compilers read it where it lies
@@ -188,7 +186,7 @@ class PermuteMlp(nn.Module):
         x_bhwns = x.reshape(B, H, W, self.segments, S)
         if not torch.jit.is_scripting():  # by itself, as scripts compile what stands beside it
             if ops.use_weighted_mix(x_bhwns, self.parameters()):
-                return self.proj_drop(self.proj(ops.weighted_mix(x_bhwns, self)))
+                return self.proj_drop(ops.weighted_mix(x_bhwns, self))
         h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 

@@ -1,9 +1,10 @@
-"""Kernels for what torch computes with detours, and where they take its place.
+"""Kernels for what torch computes with detours in inference, and where they take its place.
 
-They are for NVIDIA GPUs with 16-bit matrix units (compute capability 8.0 and later) and numbers of 16 bits. There, by
-the operations and bytes that they take, a matrix product of a mixing layer costs about what a copy of its operand does,
-and torch makes two around it. What the kernels gain has not been measured yet. Elsewhere, and without Triton, torch
-computes the same; `set_kernels(False)` or VIP_KERNELS=0 in the environment has it compute everything.
+They are for NVIDIA GPUs with 16-bit matrix units (compute capability 8.0 and later) and numbers of 16 bits. There a
+matrix product of a mixing layer costs about what a copy of its operand does, and torch makes two around it. Elsewhere,
+without Triton and where a model learns, torch computes the same: kernels that keep each branch for its gradient were
+slower on an H200 than what torch.compile makes of copies and products (docs/performance.md). `set_kernels(False)` or
+VIP_KERNELS=0 in the environment has torch compute everything.
 """
 
 import os
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-__all__ = ["as_autocast", "axis_mix", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
+__all__ = ["as_autocast", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -66,20 +68,8 @@ def _computing_type(x: torch.Tensor) -> torch.dtype:
 
 
 @torch.jit.unused
-def axis_mix(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """Mix `[B, H, W, N, S]` along its height (axis 1) or width (axis 2) by a `[L * S, L * S]` matrix.
-
-    See `vip.ops.kernels.axis_mix`; under autocast in its type.
-    """
-    from . import kernels  # only where there is Triton
-
-    dtype = _computing_type(x)
-    return kernels.axis_mix(x.to(dtype), weight.to(dtype), axis)
-
-
-@torch.jit.unused
 def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
-    """Weighted sum of the three branches of a Permute-MLP, none of which is in memory by itself but that of channels.
+    """A Permute-MLP, none of whose branches is in memory by itself but that of channels.
 
     The weights of the branches need their means over the tokens. The branches are linear, so that these are what they
     give for means over the tokens, and known before any token is mixed; what is mixed is added already weighed.
@@ -91,21 +81,35 @@ def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     Returns:
         `[B, H, W, N * S]`.
     """
-    from . import kernels
+    from . import kernels  # only where there is Triton
 
     dtype, size = _computing_type(x), x.shape[4]
     weight_h = layer.mlp_h.weight_for(x.shape[1] * size).to(dtype)
     weight_w = layer.mlp_w.weight_for(x.shape[2] * size).to(dtype)
     x = x.to(dtype)
-    column, row = x.mean(2), x.mean(1)  # [B, H, N, S] and [B, W, N, S]
-    pooled = _mean_of_mixed(column, weight_h) + _mean_of_mixed(row, weight_w)
-    pooled = pooled + layer.mlp_c(row.mean(1).flatten(1)).reshape(pooled.shape)
-    a_h, a_w, a_c = layer.branch_weights(pooled).to(dtype).unbind(0)
-    mixed = kernels.axis_mix_add(x, weight_h, 1, a_h, layer.mlp_c(x.flatten(3)).reshape(x.shape), a_c)
-    return kernels.axis_mix_add(x, weight_w, 2, a_w, mixed).flatten(3)
+    packed = kernels.use_packed(x) and type(layer.mlp_c) is type(layer.proj) is nn.Linear
+    lines, mean, *other_way = kernels.pack_lines(x) if packed else kernels.line_means(x)
+    # the mean of lines that are mixed is what their mean gives by the mean of the weight's rows
+    mean_row = torch.cat([w.unflatten(0, (-1, size)).mean(0) for w in (weight_h, weight_w)], 1)
+    pooled = F.linear(lines.flatten(2), mean_row) + layer.mlp_c(mean.flatten(1)).reshape(mean.shape)
+    a = layer.branch_weights(pooled).to(dtype)
+    if not packed:
+        c = layer.mlp_c(x.flatten(3)).reshape(x.shape)
+        return layer.proj(_add_axes(x, c, (weight_h, weight_w), a, False))
+    # what is linear takes and gives channels in any order of its weights
+    c = F.linear(x.flatten(3), _other_way(layer.mlp_c.weight, 0, size)).reshape(other_way[0].shape)
+    mixed = _add_axes(other_way[0], c, (weight_h, weight_w), a.transpose(4, 5), True)
+    return F.linear(mixed, _other_way(layer.proj.weight, 1, size), layer.proj.bias)
 
 
-def _mean_of_mixed(line: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of lines `[B, L, N, S]` once they are mixed, `[B, N, S]`."""
-    mean_row = weight.unflatten(0, (line.shape[1], -1)).mean(0)  # [S, L * S]
-    return F.linear(line.transpose(1, 2).flatten(2), mean_row)
+def _add_axes(x: Any, c: torch.Tensor, weights: Any, a: torch.Tensor, packed: bool) -> torch.Tensor:
+    from . import kernels
+
+    a_h, a_w, a_c = a.unbind(0)
+    mixed = kernels.axis_mix_add(x, weights[0], 1, a_h, c, a_c, packed)
+    return kernels.axis_mix_add(x, weights[1], 2, a_w, mixed, None, packed).flatten(3)
+
+
+def _other_way(weight: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """A weight whose channels `[N, S]` along an axis are `[S, N]`."""
+    return weight.unflatten(axis, (-1, size)).transpose(axis, axis + 1).flatten(axis, axis + 1)
