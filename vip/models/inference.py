@@ -71,8 +71,12 @@ def optimize_for_inference(
         for name, child in module.named_children():
             if isinstance(child, DropPath | nn.Dropout) and name != "attn_drop":  # whose rate timm's attention reads
                 setattr(module, name, nn.Identity())
-        if isinstance(module, PermuteMlp) and type(module.reweight.fc2) is nn.Linear:
-            module.reweight.fc2 = _BranchByBranch(module.reweight.fc2)
+        if isinstance(module, PermuteMlp):
+            if type(module.reweight.fc2) is nn.Linear:
+                module.reweight.fc2 = _BranchByBranch(module.reweight.fc2)
+            if not module.mlp_h.dynamic:
+                mean_row = ops.mean_rows(module.mlp_h.weight, module.mlp_w.weight, module.mlp_h.segment_dim)
+                module.register_buffer("mean_row", mean_row, persistent=False)
         if isinstance(module, ConvPatchEmbed):
             _fold_batch_norms(module)
         if isinstance(module, PermutatorBlock | LVViTBlock | ExternalAttentionBlock | TokenBlock):

@@ -171,9 +171,11 @@ class PermuteMlp(nn.Module):
         self.reweight = Mlp(dim, dim // 4, dim * 3, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.register_buffer("mean_row", None, persistent=False)  # what `ops.mean_rows` gives, in optimized models
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resample the height and width branches to another token grid."""
+        self.mean_row = None
         self.mlp_h.set_length(grid_size[0])
         self.mlp_w.set_length(grid_size[1])
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["as_autocast", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
+__all__ = ["as_autocast", "mean_rows", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -89,8 +89,7 @@ def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     x = x.to(dtype)
     packed = kernels.use_packed(x) and type(layer.mlp_c) is type(layer.proj) is nn.Linear
     lines, mean, *other_way = kernels.pack_lines(x) if packed else kernels.line_means(x)
-    # the mean of lines that are mixed is what their mean gives by the mean of the weight's rows
-    mean_row = torch.cat([w.unflatten(0, (-1, size)).mean(0) for w in (weight_h, weight_w)], 1)
+    mean_row = mean_rows(weight_h, weight_w, size) if layer.mean_row is None else layer.mean_row.to(dtype)
     pooled = F.linear(lines.flatten(2), mean_row) + layer.mlp_c(mean.flatten(1)).reshape(mean.shape)
     a = layer.branch_weights(pooled).to(dtype)
     if not packed:
@@ -100,6 +99,20 @@ def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     c = F.linear(x.flatten(3), _other_way(layer.mlp_c.weight, 0, size)).reshape(other_way[0].shape)
     mixed = _add_axes(other_way[0], c, (weight_h, weight_w), a.transpose(4, 5), True)
     return F.linear(mixed, _other_way(layer.proj.weight, 1, size), layer.proj.bias)
+
+
+def mean_rows(weight_h: torch.Tensor, weight_w: torch.Tensor, size: int) -> torch.Tensor:
+    """What gives the mean of lines that are mixed for the mean of the lines, those of both axes side by side.
+
+    Args:
+        weight_h: Mixing matrix of the height, `[H * S, H * S]`.
+        weight_w: That of the width.
+        size: S, channels of a segment.
+
+    Returns:
+        `[S, (H + W) * S]`.
+    """
+    return torch.cat([weight.unflatten(0, (-1, size)).mean(0) for weight in (weight_h, weight_w)], 1)
 
 
 def _add_axes(x: Any, c: torch.Tensor, weights: Any, a: torch.Tensor, packed: bool) -> torch.Tensor:
