@@ -155,9 +155,12 @@ def compile_ahead(
     threads = os.environ.get(name)
     os.environ[name] = str(cores // processes)
     try:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:  # which ends them in the end
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:  # which stops those that are not done
             compiled = pool.map_async(partial(_compile, config, device), jobs, chunksize=1)
             compiled.wait(max(0.0, min(_AHEAD_SECONDS, until - time.monotonic())))
+            if compiled.ready():
+                pool.close()
+                pool.join()
     finally:
         os.environ.pop(name)
         if threads is not None:
