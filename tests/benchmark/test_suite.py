@@ -1,6 +1,7 @@
 """The performance suite: its findings by hand-made turns, and a whole run of small models."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from textbook_model import TextbookPermuteMlp
+from torch._dynamo.utils import counters
 from training_command import Outcome
 
 from vip import ops
@@ -139,6 +141,42 @@ def test_models_are_compiled_for_their_device(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="meta"):  # it cannot be waited for
         contenders._prepare(case, 1, "inference", QUICK, torch.device("meta"))
     assert seen == [torch.device("meta")]
+
+
+def test_what_is_compiled_is_compiled_ahead_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a run of parts compiles, before the first of them that does."""
+    done: list[Any] = []
+    monkeypatch.setattr(suite, "compile_ahead", lambda jobs, *args: done.append(jobs))
+    inference, training = (Entry(compiled=True), "inference"), (Entry(compiled=True), "train")
+    parts = [
+        suite.Part("a", lambda *args: done.append("a") or []),
+        suite.Part("b", lambda *args: done.append("b") or [], (inference,)),
+        suite.Part("c", lambda *args: done.append("c") or [], (training,)),
+    ]
+    suite.run_parts(parts, QUICK, torch.device("cuda"), lambda findings: None)
+    assert done == ["a", [inference, training], "b", "c"]
+    suite.run_parts(parts, QUICK, CPU, lambda findings: None)
+    assert done[4:] == ["a", "b", "c"]
+    compiled = {str(job[0]) for part in suite.target_parts(torch.device("cuda")) for job in part.jobs}
+    assert compiled == {
+        *("textbook vip_s7 bfloat16 compiled", "optimized vip_s7 bfloat16 compiled", "vip_s7 bfloat16 compiled"),
+        *("resmlp_24_224 bfloat16 compiled", "vip_s7 bfloat16 compiled (memory budget 0.6)"),
+    }
+
+
+@pytest.mark.slow
+def test_what_was_compiled_ahead_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By other processes, one of which fails; and not compiled again here."""
+    monkeypatch.setattr(suite, "available_cores", lambda: 4)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    job = Entry("vip_nano4_32", compiled=True, precision="float32"), "inference"
+    failing = Entry("vip_nano4_32", form="nonsense", precision="nonsense"), "inference"
+    suite.compile_ahead([job, failing], QUICK, CPU)
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+    counters["inductor"].clear()
+    assert not measure([job[0]], "inference", 2, QUICK, CPU).errors
+    found = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
+    assert found == (1, 0)
 
 
 def test_a_batch_that_was_halved_is_told() -> None:

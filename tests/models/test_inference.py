@@ -8,10 +8,12 @@ import timm
 import torch
 import torch._inductor.freezing
 import torch._inductor.graph
+import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config as inductor
 
 import vip
+from vip.models import inference
 from vip.models.vision_permutator import VisionPermutator
 
 SMALL = {
@@ -89,6 +91,81 @@ def test_exports_and_scripts(name: str) -> None:
     torch.testing.assert_close(exported(x[:1].repeat(5, 1, 1, 1))[:1], expected[:1])
     torch.testing.assert_close(torch.jit.trace(ready, x)(x), expected)
     torch.testing.assert_close(torch.jit.script(ready)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["vip_nano4_32", "test_vit"])
+def test_patches_by_a_matrix_product(name: str) -> None:
+    """On a GPU; on a CPU, as here, it computes the same."""
+    model = random_model(name)
+    ready = vip.optimize_for_inference(model, dtype=torch.float64)
+    inference._use_larger_kernels(ready)
+    assert type(ready.patch_embed.proj) is inference._PatchLinear
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(ready(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_as_a_convolution_takes_them(bias: bool) -> None:
+    conv = nn.Conv2d(3, 5, (7, 4), (7, 4), bias=bias).double()
+    x = torch.randn(2, 3, 22, 15, dtype=torch.float64)  # neither side is a multiple
+    tokens = inference._PatchLinear(conv)(x)
+    torch.testing.assert_close(tokens, conv(x))
+    assert tokens.is_contiguous(memory_format=torch.channels_last)
+    assert inference._takes_patches(conv)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv2d(3, 5, 7, 4),
+        nn.Conv2d(3, 5, 7, 7, 1),
+        nn.Conv2d(3, 6, 7, 7, groups=3),
+        nn.Conv2d(3, 5, 7, 7, dilation=2),
+        nn.Conv2d(3, 5, 7, 7, "valid"),
+        nn.Identity(),
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay(other: nn.Module) -> None:
+    assert not inference._takes_patches(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
+def test_gelu_of_sums_by_tanh_is_nearer_than_of_rounded_sums(std: float, dtype: torch.dtype) -> None:
+    """Why a GPU may compute it so: against float64, what it rounds once errs less than exact GELU that rounds twice."""
+    torch.manual_seed(0)
+    sums = std * torch.randn(100_000, dtype=torch.float64)
+    exact = F.gelu(sums)
+    once = F.gelu(sums, approximate="tanh").to(dtype)
+    twice = F.gelu(sums.to(dtype).float()).to(dtype)
+    errors = [(own.double() - exact).norm() / exact.norm() for own in (once, twice)]
+    assert errors[0] < errors[1]
+
+
+def test_products_end_in_gelu() -> None:
+    model = random_model("vip_nano4_32").to(torch.bfloat16)
+    block = vip.optimize_for_inference(model, dtype=torch.bfloat16).network[0][0]
+    expected, x = copy.deepcopy(block.mlp), torch.randn(2, 3, 5, 64).to(torch.bfloat16)
+    inference._use_larger_kernels(block)
+    assert type(block.mlp.fc1) is inference._GeluLinear and type(block.mlp.act) is nn.Identity
+    torch.testing.assert_close(block.mlp(x), expected(x), rtol=0.02, atol=0.02)
+    for other in (block.mlp, copy.deepcopy(expected).double()):
+        assert not inference._ends_in_gelu(other)
+    expected.act = nn.GELU("tanh")
+    assert not inference._ends_in_gelu(expected)
+
+
+def test_mean_rows_are_kept_until_the_image_changes() -> None:
+    ready = vip.optimize_for_inference(random_model("vip_nano4_32"), dtype=torch.float64)
+    attn = ready.network[0][0].attn
+    weight = attn.mlp_w.weight.view(8, 8, 64).mean(0)
+    torch.testing.assert_close(attn.mean_row[:, 64:], weight)
+    assert not any("mean_row" in key for key in ready.state_dict())
+    ready.set_input_size((48, 32))
+    assert attn.mean_row is None
+    dynamic = timm.create_model("vip_nano4_32", dynamic_img_size=True)
+    assert vip.optimize_for_inference(dynamic).network[0][0].attn.mean_row is None
 
 
 @pytest.fixture

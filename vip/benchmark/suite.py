@@ -137,7 +137,7 @@ def _jobs(entries: Iterable[Entry], phase: str) -> tuple[tuple[Entry, str], ...]
 def compile_ahead(
     jobs: list[tuple[Entry, str]], config: BenchmarkConfig, device: torch.device, until: float = inf
 ) -> None:
-    """Let other processes compile for a GPU, side by side, what this one then finds in torch's cache on disk.
+    """Let other processes compile, side by side, what this one then finds in torch's cache on disk.
 
     What fails there fails here, too, and is told then.
 
@@ -149,7 +149,7 @@ def compile_ahead(
     """
     cores = available_cores()
     processes = min(len(jobs), cores // 2)
-    if device.type != "cuda" or processes < 2:
+    if processes < 2:
         return
     name = "TORCHINDUCTOR_COMPILE_THREADS"  # which torch reads as it starts
     threads = os.environ.get(name)
@@ -200,7 +200,7 @@ def run_parts(
             continue
         try:
             free_memory(device)  # raises where a kernel has left a GPU unusable
-            if part.jobs and jobs:
+            if part.jobs and jobs and device.type == "cuda":  # what is compiled for a CPU here is not kept on disk
                 compile_ahead(jobs, config, device, until)
                 jobs = []
             found = part.find(config, device)

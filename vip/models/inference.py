@@ -117,7 +117,9 @@ def _use_larger_kernels(model: nn.Module) -> None:
 
 
 def _takes_patches(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and not any(conv.padding) and conv.groups == 1
+    if type(conv) is not nn.Conv2d or conv.kernel_size != conv.stride:
+        return False
+    return conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
 
 def _ends_in_gelu(mlp: Mlp) -> bool:
