@@ -1,8 +1,10 @@
 """The performance suite: its findings by hand-made turns, and a whole run of small models."""
 
 import dataclasses
+import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from vip.cli import benchmark as cli
 from vip.errors import UserError
 from vip.models.vision_permutator import PermuteMlp
 from vip.reporting.benchmarks import findings_table, shares_table
+from vip.training.runtime import allow_fast_kernels
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkConfig(rounds=2, seconds=0.0, warmup=1, batch_size=[2])
@@ -171,12 +174,51 @@ def test_what_was_compiled_ahead_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     job = Entry("vip_nano4_32", compiled=True, precision="float32"), "inference"
     failing = Entry("vip_nano4_32", form="nonsense", precision="nonsense"), "inference"
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    allow_fast_kernels()  # as the command does
+    begin = time.monotonic()
     suite.compile_ahead([job, failing], QUICK, CPU)
-    assert "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+    assert time.monotonic() - begin < suite._AHEAD_SECONDS and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
     counters["inductor"].clear()
-    assert not measure([job[0]], "inference", 2, QUICK, CPU).errors
+    group = measure([job[0]], "inference", 2, QUICK, CPU)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
+    assert not group.errors
     found = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
     assert found == (1, 0)
+
+
+def end_at_once(*args: Any) -> None:
+    os._exit(1)
+
+
+def sleep_long(*args: Any) -> None:
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(("job", "limit", "least"), [(end_at_once, 60.0, 0.0), (sleep_long, 3.0, 3.0)])
+def test_processes_that_die_or_hang(
+    job: Callable[..., None], limit: float, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not waited for beyond the limit, and none is left."""
+    monkeypatch.setattr(suite, "available_cores", lambda: 4)
+    monkeypatch.setattr(suite, "_compile", job)
+    monkeypatch.setattr(suite, "_AHEAD_SECONDS", limit)
+    begin = time.monotonic()
+    suite.compile_ahead(3 * [(Entry(compiled=True), "train")], QUICK, CPU)
+    assert least <= time.monotonic() - begin < 50 and not multiprocessing.active_children()
+
+
+def test_nothing_is_lost_where_nothing_can_be_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(suite, "compile_ahead", fail)
+    finding = Finding("a", [1.0])
+    part = suite.Part("a", lambda *args: [finding], ((Entry(compiled=True), "train"),))
+    assert suite.run_parts([part, part], QUICK, torch.device("cuda"), lambda findings: None) == [finding, finding]
+    assert caplog.text.count("Nothing is compiled ahead: no more processes") == 1
 
 
 def test_a_batch_that_was_halved_is_told() -> None:

@@ -11,6 +11,7 @@ import torch._inductor.graph
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config as inductor
+from torch.nn.utils import prune
 
 import vip
 from vip.models import inference
@@ -156,16 +157,46 @@ def test_products_end_in_gelu() -> None:
     assert not inference._ends_in_gelu(expected)
 
 
-def test_mean_rows_are_kept_until_the_image_changes() -> None:
-    ready = vip.optimize_for_inference(random_model("vip_nano4_32"), dtype=torch.float64)
-    attn = ready.network[0][0].attn
-    weight = attn.mlp_w.weight.view(8, 8, 64).mean(0)
-    torch.testing.assert_close(attn.mean_row[:, 64:], weight)
-    assert not any("mean_row" in key for key in ready.state_dict())
-    ready.set_input_size((48, 32))
-    assert attn.mean_row is None
-    dynamic = timm.create_model("vip_nano4_32", dynamic_img_size=True)
-    assert vip.optimize_for_inference(dynamic).network[0][0].attn.mean_row is None
+def test_gelu_under_autocast_and_with_gradients() -> None:
+    """Inputs of another type are autocast's to cast; gradients pass, which the library's product has none of."""
+    linear = nn.Linear(8, 16).to(torch.bfloat16).requires_grad_(False)
+    ready, x = inference._GeluLinear(linear), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ready(x), F.gelu(linear(x)), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ready(x[0].bfloat16()), F.gelu(linear(x[0].bfloat16())), rtol=0.02, atol=0.02)
+    x = x.to(torch.bfloat16).requires_grad_()
+    found, expected = (torch.autograd.grad(f(x).sum(), x)[0] for f in (ready, lambda x: F.gelu(linear(x))))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("change", ["adapted", "spectral", "pruned"])
+def test_layers_that_were_changed_stay_as_they_are(change: str) -> None:
+    model = random_model("vip_nano4_32")
+    for block in (model.network[0][0], model.network[2][0]):
+        if change == "adapted":
+            adapted = Adapted(block.mlp.fc1.in_features, block.mlp.fc1.out_features).double()
+            adapted.load_state_dict(block.mlp.fc1.state_dict())
+            block.mlp.fc1 = adapted
+        elif change == "spectral":
+            nn.utils.parametrizations.spectral_norm(block.mlp.fc1)
+            nn.utils.parametrizations.spectral_norm(block.attn.reweight.fc2)
+        else:
+            prune.l1_unstructured(block.mlp.fc1, "weight", amount=0.5)
+    model.eval()
+    ready, x = vip.optimize_for_inference(model, dtype=torch.float64), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    inference._use_larger_kernels(ready)
+    torch.testing.assert_close(ready(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_of_a_compiled_model() -> None:
+    model = random_model("vip_nano4_32")
+    ready = vip.optimize_for_inference(torch.compile(model), dtype=torch.float64)
+    assert isinstance(ready, VisionPermutator) and ready.aux_head is None
 
 
 @pytest.fixture

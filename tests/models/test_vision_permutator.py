@@ -820,3 +820,30 @@ def test_batches_of_no_image() -> None:
     """As torch's own layers take them."""
     model = timm.create_model("vip_nano4_32", num_classes=3).eval()
     assert model(torch.empty(0, 3, 32, 32)).shape == (0, 3)
+
+
+def test_sums_of_float16_stay_within_its_range() -> None:
+    """A mean of large values is one of them, even if their sum is beyond what float16 holds."""
+    layer = PermuteMlp(12, 3, (32, 32)).half()
+    with torch.no_grad():
+        for mix in (layer.mlp_h, layer.mlp_w, layer.mlp_c):
+            mix.weight.copy_(torch.eye(len(mix.weight)))
+        x = torch.full((1, 32, 32, 12), 3000.0, dtype=torch.float16)
+        assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vip_nano4_32", "lvvit_t"])
+def test_gradients_of_each_image(name: str) -> None:
+    """By torch.func.vmap, against those of one image after another."""
+    size = {"lvvit_t": dict(img_size=32, depth=1, embed_dim=48, num_heads=3)}.get(name, {})
+    model = timm.create_model(name, num_classes=3, **size).double().eval()
+    weights = dict(model.named_parameters())
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def loss(weights: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)["patch_embed.proj.weight"]
+    for own, image in zip(found, images, strict=True):
+        (expected,) = torch.autograd.grad(loss(weights, image), weights["patch_embed.proj.weight"])
+        torch.testing.assert_close(own, expected)

@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vip import ops
-from vip.models.vision_permutator import PermuteMlp
+from vip.models.vision_permutator import AxisMix, PermuteMlp
 
 triton = pytest.importorskip("triton")
 
@@ -80,7 +80,7 @@ def test_used_where_they_are_for(gpu: Callable[..., torch.Tensor]) -> None:
     assert ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float16, capability=8))
     assert not ops.use_kernels(gpu(2, 16, 16, 16, 24, capability=7))
     assert not ops.use_kernels(gpu(2, 16, 16, 16, 23))
-    assert not ops.use_kernels(gpu(2**15, 16, 16, 16, 16))
+    assert not ops.use_kernels(gpu(2**14, 16, 16, 16, 16))
     assert not ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float32))
     assert not ops.use_kernels(torch.empty(2, 16, 16, 16, 24, dtype=torch.bfloat16))
     assert not ops.use_kernels(gpu(2, 16, 16, 16, 24, dtype=torch.float64))
@@ -167,22 +167,47 @@ def test_packed_where_segments_begin_in_between(
     assert [call[-1] for call in in_torch] == [packed, packed]
 
 
-def test_layers_of_others_are_called(in_torch: list[tuple[Any, ...]]) -> None:
-    """What has taken the place of a linear layer, as for low-rank adaptation, computes by itself."""
+class Twice(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
-    class Twice(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
 
-    layer = PermuteMlp(48, 8, (4, 4))
-    x = torch.randn(1, 4, 4, 48)
+class TwiceAxisMix(AxisMix):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("segments", [3, 8])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *(("proj", Twice(48, 48)), ("mlp_c", Twice(48, 48, bias=False))),
+        *(("mlp_h", TwiceAxisMix(4, 6)), ("mlp_w", TwiceAxisMix(4, 6))),
+    ],
+)
+def test_layers_of_others_compute_by_themselves(
+    name: str, other: torch.nn.Module, segments: int, in_torch: list[tuple[Any, ...]]
+) -> None:
+    """As those for low-rank adaptation do; and hooks on them are called."""
+    layer, x = PermuteMlp(48, 8, (4, 4)), torch.randn(1, 4, 4, 48)
+    seen: list[str] = []
     with torch.no_grad():
-        once = layer(x)
-        twice = Twice(48, 48)
-        twice.load_state_dict(layer.proj.state_dict())
-        layer.proj = twice
-        torch.testing.assert_close(layer(x), 2 * once, rtol=1e-4, atol=1e-5)
-    assert [call[-1] for call in in_torch] == [True, True, False, False]
+        layer(x)
+        hook = getattr(layer, name).register_forward_hook(lambda *args: seen.append(name))
+        layer(x)
+        hook.remove()
+        setattr(layer, name, other)
+        layer(x)
+    assert seen == [name] and len(in_torch) == 2
+
+
+def test_derivatives_forward_know_the_branches(in_torch: list[tuple[Any, ...]]) -> None:
+    layer = PermuteMlp(48, 8, (4, 4)).requires_grad_(False).double()
+    x, along = torch.randn(2, 1, 4, 4, 48, dtype=torch.float64)
+    _, tangent = torch.func.jvp(layer, (x,), (along,))
+    step = 1e-6 * along
+    torch.testing.assert_close(tangent, (layer(x + step) - layer(x - step)) / 2e-6, rtol=1e-5, atol=1e-7)
+    assert len(in_torch) == 4, "the two others"
 
 
 @pytest.mark.parametrize(("capability", "roomy"), [((8, 0), True), ((8, 6), False), ((9, 0), True), ((12, 0), False)])
@@ -231,14 +256,17 @@ def test_what_is_traced_knows_torch_only(gpu: Callable[..., torch.Tensor], monke
 
 
 def test_branches_are_added_where_no_gradient_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, learned = torch.randn(1, 2, 2, 1, 2), torch.randn(4, 4), torch.randn(4, 4, requires_grad=True)
-    assert not ops.use_weighted_mix(x, [weight]), "on a CPU"
+    layer, x = PermuteMlp(12, 3, (2, 2)).requires_grad_(False), torch.randn(1, 2, 2, 3, 4)
+    use = partial(ops.use_weighted_mix, kinds=(AxisMix, torch.nn.Linear))
+    assert not use(x, layer), "on a CPU"
     monkeypatch.setattr(ops, "use_kernels", lambda x: True)
-    assert ops.use_weighted_mix(x, [weight])
-    for own, parameters in ((x, [weight, learned]), (learned, [weight])):
-        assert not ops.use_weighted_mix(own, iter(parameters))
+    assert use(x, layer)
+    learned = PermuteMlp(12, 3, (2, 2)).requires_grad_(False)
+    learned.reweight.fc1.bias.requires_grad_()
+    for own, parameters in ((x, learned), (x.clone().requires_grad_(), layer)):
+        assert not use(own, parameters)
         with torch.no_grad():
-            assert ops.use_weighted_mix(own, iter(parameters))
+            assert use(own, parameters)
 
 
 def test_of_a_size_that_is_resampled_to(in_torch: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from math import inf
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from statistics import median
 
 import torch
@@ -23,7 +26,7 @@ from vip.benchmark.pipeline import data_path_ratios, epoch_ratios
 from vip.benchmark.runner import MATMUL, PRODUCTS
 from vip.data.augmentation import import_fast_images
 from vip.models.vision_permutator import PermuteMlp
-from vip.training.runtime import available_cores
+from vip.training.runtime import allow_fast_kernels, available_cores
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +35,8 @@ LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 MEMORY_BUDGET = 0.6  # what makes room for larger batches, and not speed; lower ones spare little more
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 LEFT_OUT = "left out: the time was over (--minutes sets more)"
-_AHEAD_SECONDS = 240  # what other processes have not compiled by then is compiled where it is measured
+_AHEAD_SECONDS = 150  # what other processes have not compiled by then is compiled where it is measured
+_MEMORY_OF_A_JOB = 45_000_000_000  # about what a training step of vip_l7 takes of a GPU at a batch of 256
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def compile_ahead(
 ) -> None:
     """Let other processes compile, side by side, what this one then finds in torch's cache on disk.
 
-    What fails there fails here, too, and is told then.
+    What fails there fails here, too, and is told then. As with all processes that are spawned, the script that is run
+    has to be one that can be imported.
 
     Args:
         jobs: Entries and phases.
@@ -147,28 +152,46 @@ def compile_ahead(
         device: Device of the models.
         until: Time, as `time.monotonic` tells it, at which they are stopped.
     """
-    cores = available_cores()
-    processes = min(len(jobs), cores // 2)
-    if processes < 2:
+    cores, room = available_cores(), len(jobs)
+    if device.type == "cuda":
+        room = max(2, torch.cuda.get_device_properties(device).total_memory // _MEMORY_OF_A_JOB)
+    at_once = min(len(jobs), cores // 2, room)
+    if at_once < 2:
         return
-    name = "TORCHINDUCTOR_COMPILE_THREADS"  # which torch reads as it starts
-    threads = os.environ.get(name)
-    os.environ[name] = str(cores // processes)
+    context, waiting = multiprocessing.get_context("spawn"), list(jobs)
+    running: list[SpawnProcess] = []
+    end = min(until, time.monotonic() + _AHEAD_SECONDS)
+    with _environment("TORCHINDUCTOR_COMPILE_THREADS", str(cores // at_once)):  # which torch reads as it starts
+        while (waiting or running) and time.monotonic() < end:
+            while waiting and len(running) < at_once:
+                process = context.Process(target=_compile, args=(*waiting.pop(0), config, device), daemon=True)
+                process.start()
+                running.append(process)
+            wait([process.sentinel for process in running], max(0.0, end - time.monotonic()))
+            running = [process for process in running if process.is_alive()]
+    for process in running:
+        process.terminate()
+        process.join()
+
+
+def _compile(entry: Entry, phase: str, config: BenchmarkConfig, device: torch.device) -> None:
+    allow_fast_kernels()  # as the command does, and what is compiled depends on
     try:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:  # which stops those that are not done
-            compiled = pool.map_async(partial(_compile, config, device), jobs, chunksize=1)
-            compiled.wait(max(0.0, min(_AHEAD_SECONDS, until - time.monotonic())))
-            if compiled.ready():
-                pool.close()
-                pool.join()
+        _prepare(entry, phase, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
+    except Exception as e:  # of whatever kind, it is told where this is measured
+        _logger.debug(f"{entry}: {one_line(e)}")
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
     finally:
         os.environ.pop(name)
-        if threads is not None:
-            os.environ[name] = threads
-
-
-def _compile(config: BenchmarkConfig, device: torch.device, job: tuple[Entry, str]) -> None:
-    _prepare(*job, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
+        if before is not None:
+            os.environ[name] = before
 
 
 def run_parts(
@@ -198,11 +221,14 @@ def run_parts(
         if begin >= until:
             findings.append(Finding(part.name, [], remark=LEFT_OUT))
             continue
+        if part.jobs and jobs and device.type == "cuda":  # what is packed for a CPU is not kept on disk
+            ahead, jobs = jobs, []
+            try:
+                compile_ahead(ahead, config, device, until)
+            except Exception as e:  # without it, all is compiled where it is measured
+                _logger.warning(f"Nothing is compiled ahead: {one_line(e)}")
         try:
             free_memory(device)  # raises where a kernel has left a GPU unusable
-            if part.jobs and jobs and device.type == "cuda":  # what is compiled for a CPU here is not kept on disk
-                compile_ahead(jobs, config, device, until)
-                jobs = []
             found = part.find(config, device)
         except Exception as e:  # one part may fail in a way of its own, and the others are worth having
             found = [Finding(part.name, [], remark=one_line(e), failed=True)]

@@ -53,8 +53,8 @@ def optimize_for_inference(
             models of a kind in a process.
 
     Returns:
-        The copy, in evaluation mode; unless compiled, it can be exported and scripted. Its images have the type of
-        its weights.
+        The copy, in evaluation mode and for patches of the size that it has; unless compiled, it can be exported and
+        scripted. Its images have the type of its weights.
 
     Example:
         >>> import timm
@@ -66,19 +66,16 @@ def optimize_for_inference(
         >>> any("norm2" in name for name, _ in ready.named_parameters())  # they are part of the layers after them
         False
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(getattr(model, "_orig_mod", model))  # of torch.compile's
+    model = model.eval().requires_grad_(False)
     if isinstance(model, VisionPermutator):
         model.aux_head, model.use_aux_head = None, False
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, DropPath | nn.Dropout) and name != "attn_drop":  # whose rate timm's attention reads
                 setattr(module, name, nn.Identity())
-        if isinstance(module, PermuteMlp):
-            if type(module.reweight.fc2) is nn.Linear:
-                module.reweight.fc2 = _BranchByBranch(module.reweight.fc2)
-            if not module.mlp_h.dynamic:
-                mean_row = ops.mean_rows(module.mlp_h.weight, module.mlp_w.weight, module.mlp_h.segment_dim)
-                module.register_buffer("mean_row", mean_row, persistent=False)
+        if isinstance(module, PermuteMlp) and _is_plain(module.reweight.fc2, nn.Linear):
+            module.reweight.fc2 = _BranchByBranch(module.reweight.fc2)
         if isinstance(module, ConvPatchEmbed):
             _fold_batch_norms(module)
         if isinstance(module, PermutatorBlock | LVViTBlock | ExternalAttentionBlock | TokenBlock):
@@ -99,7 +96,7 @@ class _BranchByBranch(nn.Linear):
     The published order is that of three weights of a channel, which processors gather one by one.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__(layer.in_features, layer.out_features, device="meta")  # draws no weights
         self.weight = nn.Parameter(layer.weight.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1), False)
         self.bias = nn.Parameter(layer.bias.unflatten(0, (-1, 3)).t().flatten(), False)
@@ -118,8 +115,13 @@ def _use_larger_kernels(model: nn.Module) -> None:
             module.fc1, module.act = _GeluLinear(module.fc1), nn.Identity()
 
 
-def _takes_patches(conv: nn.Module) -> bool:
-    if type(conv) is not nn.Conv2d or conv.kernel_size != conv.stride:
+def _is_plain(layer: Any, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of a kind, and not of one derived from it, and its weight not computed from others."""
+    return type(layer) is kind and isinstance(layer.weight, nn.Parameter)
+
+
+def _takes_patches(conv: Any) -> bool:
+    if not _is_plain(conv, nn.Conv2d) or conv.kernel_size != conv.stride:
         return False
     return conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
@@ -127,7 +129,7 @@ def _takes_patches(conv: nn.Module) -> bool:
 def _ends_in_gelu(mlp: Mlp) -> bool:
     linear, act = mlp.fc1, mlp.act
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
-    return exact and type(linear) is nn.Linear and linear.bias is not None and linear.weight.dtype in ops.HALVES
+    return exact and _is_plain(linear, nn.Linear) and linear.bias is not None and linear.weight.dtype in ops.HALVES
 
 
 class _PatchLinear(nn.Linear):
@@ -166,6 +168,9 @@ class _GeluLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Activations `[..., out]` of `[..., in]`."""
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if learns or x.ndim < 2 or x.dtype != self.weight.dtype:  # which autocast casts, and gradients pass
+            return F.gelu(F.linear(x, self.weight, self.bias))
         lines = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
         return lines.reshape(x.shape[:-1] + lines.shape[-1:])
 
@@ -218,7 +223,7 @@ def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
 
 def _fold_layer_norm(norm: Any, layer: Any) -> None:
     """Let a linear layer scale and shift what the norm before it did."""
-    if not isinstance(norm, nn.LayerNorm) or not isinstance(layer, nn.Linear) or norm.weight is None:
+    if not isinstance(norm, nn.LayerNorm) or not _is_plain(layer, nn.Linear) or norm.weight is None:
         return
     weight, bias = layer.weight.double(), 0 if layer.bias is None else layer.bias.double()
     if norm.bias is not None:

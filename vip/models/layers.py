@@ -13,6 +13,14 @@ from torch import nn
 _logger = logging.getLogger(__name__)
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Lay images `[B, C, H, W]` out channels last: so convolutions are fastest, and what they give lies in a row.
+
+    The layout of a convolution's input is that of its output, here tokens side by side, as all blocks read them.
+    """
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.func.vmap knows no memory formats
+
+
 def check_img_size(img_size: tuple[int, ...], patch_size: tuple[int, int]) -> None:
     """Refuse an image that the patches do not divide.
 

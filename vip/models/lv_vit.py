@@ -44,7 +44,7 @@ from timm.models._input import update_model_input_size
 from torch import nn
 
 from . import layers
-from .layers import check_img_size, imagenet_cfg, init_linear, mix_tokens, resample_pos_embed
+from .layers import channels_last, check_img_size, imagenet_cfg, init_linear, mix_tokens, resample_pos_embed
 
 __all__ = ["LVViT"]
 
@@ -115,10 +115,7 @@ class ConvPatchEmbed(nn.Module):
             _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
         elif not torch.jit.is_scripting():
             check_img_size(tuple(x.shape[2:]), self.patch_size)
-        x = x.contiguous(
-            memory_format=torch.channels_last
-        )  # in which convolutions are fastest, and tokens lie in a row
-        x = self.act(self.bn1(self.conv1(x)))
+        x = self.act(self.bn1(self.conv1(channels_last(x))))
         x = self.act(self.bn2(self.conv2(x)))
         x = self.act(self.bn3(self.conv3(x)))
         return self.proj(x).permute(0, 2, 3, 1)

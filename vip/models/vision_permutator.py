@@ -47,7 +47,7 @@ from torch import nn
 
 from vip import ops
 
-from .layers import checkpoint_filter_fn, imagenet_cfg, init_linear, mix_tokens
+from .layers import channels_last, checkpoint_filter_fn, imagenet_cfg, init_linear, mix_tokens
 
 __all__ = ["PermuteMlp", "VisionPermutator"]
 
@@ -171,11 +171,9 @@ class PermuteMlp(nn.Module):
         self.reweight = Mlp(dim, dim // 4, dim * 3, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("mean_row", None, persistent=False)  # what `ops.mean_rows` gives, in optimized models
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resample the height and width branches to another token grid."""
-        self.mean_row = None
         self.mlp_h.set_length(grid_size[0])
         self.mlp_w.set_length(grid_size[1])
 
@@ -187,13 +185,16 @@ class PermuteMlp(nn.Module):
         S = C // self.segments
         x_bhwns = x.reshape(B, H, W, self.segments, S)
         if not torch.jit.is_scripting():  # by itself, as scripts compile what stands beside it
-            if ops.use_weighted_mix(x_bhwns, self.parameters()):
+            if ops.use_weighted_mix(x_bhwns, self, (AxisMix, nn.Linear)):
                 return self.proj_drop(ops.weighted_mix(x_bhwns, self))
         h, w = self.mlp_h.mix(x_bhwns, 1), self.mlp_w.mix(x_bhwns, 2)
         c = self.mlp_c(x).reshape(x_bhwns.shape)
 
-        # sums, as a mean on a CPU copies what it reads in 16 bits to float32, and its gradient is no view
-        a = self.branch_weights((h.sum(1) + w.sum(1) + c.sum(1)).mean(1) / H)
+        # sums, as a mean on a CPU copies what it reads in 16 bits to float32, and its gradient is no view; those of
+        # float16 may be beyond its range
+        wide = torch.float32 if isinstance(c, torch.Tensor) and c.dtype == torch.float16 else c.dtype
+        pooled = (h.sum(1, dtype=wide) + w.sum(1, dtype=wide) + c.sum(1, dtype=wide)).mean(1) / H
+        a = self.branch_weights(pooled.to(c.dtype))
         a_h, a_w, a_c = a.to(c.dtype).unbind(0)  # autocast's softmax is float32, and would make what it weighs so
         mixed = (c * a_c).addcmul_(w, a_w).addcmul_(h, a_h)
         return self.proj_drop(self.proj(mixed.reshape(x.shape)))
@@ -545,8 +546,7 @@ class VisionPermutator(nn.Module):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.dynamic_img_size and not torch.jit.is_scripting():
             _check_img_size((x.shape[-2], x.shape[-1]), self.patch_embed.patch_size, self.stride)
-        # the layout of a convolution's input is that of its output, here tokens side by side, as all blocks read them
-        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        return self.patch_embed(channels_last(x))
 
     def _forward_stages(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self.network:

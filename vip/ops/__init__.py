@@ -8,15 +8,15 @@ VIP_KERNELS=0 in the environment has torch compute everything.
 """
 
 import os
-from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["as_autocast", "mean_rows", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
+__all__ = ["as_autocast", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -42,16 +42,27 @@ def use_kernels(x: torch.Tensor) -> bool:
         _computing_type(x) in HALVES
         and torch.cuda.get_device_properties(x.device).major >= 8
         and x.shape[-1] % 2 == 0  # two numbers of 16 bits are the least that is read at once
-        and x.numel() < 2**31  # whose addresses are 32 bits
+        and x.numel() < 2**30  # whose addresses are 32 bits, and those of its lines' means, twice as many at most
     )
 
 
 @torch.jit.unused
-def use_weighted_mix(x: torch.Tensor, parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether `weighted_mix` is to mix `[B, H, W, N, S]`: where no gradient has to know a branch by itself."""
-    if not use_kernels(x):
+def use_weighted_mix(x: torch.Tensor, layer: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether `weighted_mix` is to mix `[B, H, W, N, S]`: where no derivative has to know a branch by itself.
+
+    And where the layers, whose weights it takes, are of the kinds that they were: one that was replaced, adapted,
+    quantized or hooked into computes by itself.
+    """
+    if not use_kernels(x) or forward_ad._current_level >= 0:
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters())):
+        return False
+    linear = (layer.mlp_h, layer.mlp_w, layer.mlp_c, layer.proj)
+    return all(type(module) in kinds and not _is_changed(module) for module in linear)
+
+
+def _is_changed(layer: Any) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or is_traceable_wrapper_subclass(layer.weight)
 
 
 @torch.jit.unused
@@ -87,9 +98,10 @@ def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     weight_h = layer.mlp_h.weight_for(x.shape[1] * size).to(dtype)
     weight_w = layer.mlp_w.weight_for(x.shape[2] * size).to(dtype)
     x = x.to(dtype)
-    packed = kernels.use_packed(x) and type(layer.mlp_c) is type(layer.proj) is nn.Linear
+    packed = kernels.use_packed(x)
     lines, mean, *other_way = kernels.pack_lines(x) if packed else kernels.line_means(x)
-    mean_row = mean_rows(weight_h, weight_w, size) if layer.mean_row is None else layer.mean_row.to(dtype)
+    # the mean of lines that are mixed is what their mean gives by the mean of the weight's rows
+    mean_row = torch.cat([w.unflatten(0, (-1, size)).mean(0) for w in (weight_h, weight_w)], 1)
     pooled = F.linear(lines.flatten(2), mean_row) + layer.mlp_c(mean.flatten(1)).reshape(mean.shape)
     a = layer.branch_weights(pooled).to(dtype)
     if not packed:
@@ -99,20 +111,6 @@ def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     c = F.linear(x.flatten(3), _other_way(layer.mlp_c.weight, 0, size)).reshape(other_way[0].shape)
     mixed = _add_axes(other_way[0], c, (weight_h, weight_w), a.transpose(4, 5), True)
     return F.linear(mixed, _other_way(layer.proj.weight, 1, size), layer.proj.bias)
-
-
-def mean_rows(weight_h: torch.Tensor, weight_w: torch.Tensor, size: int) -> torch.Tensor:
-    """What gives the mean of lines that are mixed for the mean of the lines, those of both axes side by side.
-
-    Args:
-        weight_h: Mixing matrix of the height, `[H * S, H * S]`.
-        weight_w: That of the width.
-        size: S, channels of a segment.
-
-    Returns:
-        `[S, (H + W) * S]`.
-    """
-    return torch.cat([weight.unflatten(0, (-1, size)).mean(0) for weight in (weight_h, weight_w)], 1)
 
 
 def _add_axes(x: Any, c: torch.Tensor, weights: Any, a: torch.Tensor, packed: bool) -> torch.Tensor:
