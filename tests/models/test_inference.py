@@ -261,6 +261,7 @@ def test_compiled_with_gradients(frozen: list[object]) -> None:
     assert frozen
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="lets no thread call while another compiles")
 def test_compiled_in_threads() -> None:
     torch._dynamo.reset()
     model = random_model("vip_nano4_32").float()

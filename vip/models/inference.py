@@ -50,7 +50,8 @@ def optimize_for_inference(
         channels_last: Lay the weights of convolutions out channels last, as ViP and LV-ViT read images.
         compiled: Compile the result by torch.compile, for the device it is on; on a CPU with packed weights, so do not
             load or change weights once it has been called, and not more than `torch._dynamo.config.recompile_limit` (8)
-            models of a kind in a process.
+            models of a kind in a process. Threads may share it, with torch 2.11 and earlier once it has been called
+            with images of each size: there torch lets no thread call what is compiled while another compiles.
 
     Returns:
         The copy, in evaluation mode and for patches of the size that it has; unless compiled, it can be exported and
