@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_what_was_compiled_ahead_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     allow_fast_kernels()  # as the command does
     begin = time.monotonic()
     suite.compile_ahead([job, failing], QUICK, CPU)
-    assert time.monotonic() - begin < suite._AHEAD_SECONDS and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+    assert time.monotonic() - begin < suite._AHEAD_SECONDS
     counters["inductor"].clear()
     group = measure([job[0]], "inference", 2, QUICK, CPU)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
@@ -219,6 +220,17 @@ def test_nothing_is_lost_where_nothing_can_be_compiled_ahead(
     part = suite.Part("a", lambda *args: [finding], ((Entry(compiled=True), "train"),))
     assert suite.run_parts([part, part], QUICK, torch.device("cuda"), lambda findings: None) == [finding, finding]
     assert caplog.text.count("Nothing is compiled ahead: no more processes") == 1
+
+
+def test_what_is_compiled_ahead_leaves_half_the_time_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[float] = []
+    monkeypatch.setattr(suite, "compile_ahead", lambda jobs, config, device, until: ends.append(until))
+    job = Entry(compiled=True), "train"
+    now = time.monotonic()
+    parts = [suite.Part("a", lambda *args: [Finding("a", [1.0])], (job,))]
+    assert suite.run_parts(parts, QUICK, torch.device("cuda"), print, now + 100)[0].ratios
+    assert suite.run_parts(parts, QUICK, torch.device("cuda"), print, now)[0].remark == suite.LEFT_OUT
+    assert ends[0] == pytest.approx(now + 50, abs=10) and ends[1] < time.monotonic(), "no time, nothing compiled"
 
 
 def test_a_batch_that_was_halved_is_told() -> None:
@@ -523,6 +535,6 @@ def test_data_path_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_epoch_ratios() -> None:
     ratios, remark = pipeline.epoch_ratios(CPU, QUICK, "vip_nano4_32")
-    assert (
-        len(ratios) == 6 and all(0.1 < ratio < 20 for ratio in ratios) and "vip_nano4_32" in remark
-    )  # others may want the cores meanwhile
+    assert len(ratios) == 6 and "vip_nano4_32" in remark
+    # of single epochs less can be asked, as other work may take the cores between one and its steps
+    assert 0.5 < median(ratios) < 10 and all(0.1 < ratio < 20 for ratio in ratios)

@@ -3,10 +3,8 @@
 import dataclasses
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -16,6 +14,7 @@ from multiprocessing.context import SpawnProcess
 from statistics import median
 
 import torch
+from torch._inductor import config as inductor
 from tqdm import tqdm
 
 from vip import ops
@@ -161,37 +160,25 @@ def compile_ahead(
     context, waiting = multiprocessing.get_context("spawn"), list(jobs)
     running: list[SpawnProcess] = []
     end = min(until, time.monotonic() + _AHEAD_SECONDS)
-    with _environment("TORCHINDUCTOR_COMPILE_THREADS", str(cores // at_once)):  # which torch reads as it starts
-        while (waiting or running) and time.monotonic() < end:
-            while waiting and len(running) < at_once:
-                process = context.Process(target=_compile, args=(*waiting.pop(0), config, device), daemon=True)
-                process.start()
-                running.append(process)
-            wait([process.sentinel for process in running], max(0.0, end - time.monotonic()))
-            running = [process for process in running if process.is_alive()]
+    while (waiting or running) and time.monotonic() < end:
+        while waiting and len(running) < at_once:
+            arguments = (*waiting.pop(0), config, device, cores // at_once)
+            running.append(context.Process(target=_compile, args=arguments, daemon=True))
+            running[-1].start()
+        wait([process.sentinel for process in running], max(0.0, end - time.monotonic()))
+        running = [process for process in running if process.is_alive()]
     for process in running:
         process.terminate()
         process.join()
 
 
-def _compile(entry: Entry, phase: str, config: BenchmarkConfig, device: torch.device) -> None:
+def _compile(entry: Entry, phase: str, config: BenchmarkConfig, device: torch.device, threads: int) -> None:
+    inductor.compile_threads = threads
     allow_fast_kernels()  # as the command does, and what is compiled depends on
     try:
         _prepare(entry, phase, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
     except Exception as e:  # of whatever kind, it is told where this is measured
         _logger.debug(f"{entry}: {one_line(e)}")
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def run_parts(
@@ -217,16 +204,16 @@ def run_parts(
     parts = list(parts)
     jobs = [job for part in parts for job in part.jobs]
     for part in tqdm(parts, "Suite", leave=False, disable=None):
+        if part.jobs and jobs and device.type == "cuda":  # what is packed for a CPU is not kept on disk
+            ahead, jobs = jobs, []
+            try:
+                compile_ahead(ahead, config, device, (time.monotonic() + until) / 2)  # the other half is to measure
+            except Exception as e:  # without it, all is compiled where it is measured
+                _logger.warning(f"Nothing is compiled ahead: {one_line(e)}")
         begin = time.monotonic()
         if begin >= until:
             findings.append(Finding(part.name, [], remark=LEFT_OUT))
             continue
-        if part.jobs and jobs and device.type == "cuda":  # what is packed for a CPU is not kept on disk
-            ahead, jobs = jobs, []
-            try:
-                compile_ahead(ahead, config, device, until)
-            except Exception as e:  # without it, all is compiled where it is measured
-                _logger.warning(f"Nothing is compiled ahead: {one_line(e)}")
         try:
             free_memory(device)  # raises where a kernel has left a GPU unusable
             found = part.find(config, device)

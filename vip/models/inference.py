@@ -50,7 +50,7 @@ def optimize_for_inference(
         channels_last: Lay the weights of convolutions out channels last, as ViP and LV-ViT read images.
         compiled: Compile the result by torch.compile, for the device it is on; on a CPU with packed weights, so do not
             load or change weights once it has been called, and not more than `torch._dynamo.config.recompile_limit` (8)
-            models of a kind in a process. Threads may share it, with torch 2.11 and earlier once it has been called
+            models of a kind in a process. Threads may share it, with older torch (2.11 is) once it has been called
             with images of each size: there torch lets no thread call what is compiled while another compiles.
 
     Returns:
@@ -75,7 +75,7 @@ def optimize_for_inference(
         for name, child in module.named_children():
             if isinstance(child, DropPath | nn.Dropout) and name != "attn_drop":  # whose rate timm's attention reads
                 setattr(module, name, nn.Identity())
-        if isinstance(module, PermuteMlp) and _is_plain(module.reweight.fc2, nn.Linear):
+        if isinstance(module, PermuteMlp) and ops.is_plain(module.reweight.fc2, nn.Linear):
             module.reweight.fc2 = _BranchByBranch(module.reweight.fc2)
         if isinstance(module, ConvPatchEmbed):
             _fold_batch_norms(module)
@@ -85,7 +85,7 @@ def optimize_for_inference(
                 _fold_layer_norm(module.norm1, module.attn.qkv)
     model = model.to(_fast_dtype(model) if dtype is None else dtype)
     if next(model.parameters(), torch.empty(0)).is_cuda:
-        _use_larger_kernels(model)
+        _suit_gpu(model)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return _compile(model) if compiled else model
@@ -107,7 +107,7 @@ class _BranchByBranch(nn.Linear):
         return F.linear(x, self.weight, self.bias).unflatten(-1, (3, -1)).transpose(-1, -2)
 
 
-def _use_larger_kernels(model: nn.Module) -> None:
+def _suit_gpu(model: nn.Module) -> None:
     """Let a GPU's library compute patch embeddings as matrix products, and GELU at the end of the product before it."""
     for module in list(model.modules()):
         if isinstance(module, PatchEmbed) and _takes_patches(module.proj):
@@ -116,13 +116,8 @@ def _use_larger_kernels(model: nn.Module) -> None:
             module.fc1, module.act = _GeluLinear(module.fc1), nn.Identity()
 
 
-def _is_plain(layer: Any, kind: type[nn.Module]) -> bool:
-    """Whether a layer is of a kind, and not of one derived from it, and its weight not computed from others."""
-    return type(layer) is kind and isinstance(layer.weight, nn.Parameter)
-
-
 def _takes_patches(conv: Any) -> bool:
-    if not _is_plain(conv, nn.Conv2d) or conv.kernel_size != conv.stride:
+    if not ops.is_plain(conv, nn.Conv2d) or conv.kernel_size != conv.stride:
         return False
     return conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
@@ -130,7 +125,7 @@ def _takes_patches(conv: Any) -> bool:
 def _ends_in_gelu(mlp: Mlp) -> bool:
     linear, act = mlp.fc1, mlp.act
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
-    return exact and _is_plain(linear, nn.Linear) and linear.bias is not None and linear.weight.dtype in ops.HALVES
+    return exact and ops.is_plain(linear, nn.Linear) and linear.bias is not None and linear.weight.dtype in ops.HALVES
 
 
 class _PatchLinear(nn.Linear):
@@ -224,7 +219,7 @@ def _fold_batch_norms(stem: ConvPatchEmbed) -> None:
 
 def _fold_layer_norm(norm: Any, layer: Any) -> None:
     """Let a linear layer scale and shift what the norm before it did."""
-    if not isinstance(norm, nn.LayerNorm) or not _is_plain(layer, nn.Linear) or norm.weight is None:
+    if not isinstance(norm, nn.LayerNorm) or not ops.is_plain(layer, nn.Linear) or norm.weight is None:
         return
     weight, bias = layer.weight.double(), 0 if layer.bias is None else layer.bias.double()
     if norm.bias is not None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["as_autocast", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
+__all__ = ["as_autocast", "is_plain", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -53,16 +53,18 @@ def use_weighted_mix(x: torch.Tensor, layer: Any, kinds: tuple[type, ...]) -> bo
     And where the layers, whose weights it takes, are of the kinds that they were: one that was replaced, adapted,
     quantized or hooked into computes by itself.
     """
-    if not use_kernels(x) or forward_ad._current_level >= 0:
+    if not use_kernels(x) or forward_ad._current_level >= 0:  # torch has no public name for it
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters())):
         return False
-    linear = (layer.mlp_h, layer.mlp_w, layer.mlp_c, layer.proj)
-    return all(type(module) in kinds and not _is_changed(module) for module in linear)
+    return all(is_plain(module, *kinds) for module in (layer.mlp_h, layer.mlp_w, layer.mlp_c, layer.proj))
 
 
-def _is_changed(layer: Any) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks) or is_traceable_wrapper_subclass(layer.weight)
+def is_plain(layer: Any, *kinds: type) -> bool:
+    """Whether a layer is of these kinds and computes what its weight says: not derived, pruned, quantized or hooked."""
+    if type(layer) not in kinds or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return not is_traceable_wrapper_subclass(layer.weight)
 
 
 @torch.jit.unused
@@ -98,27 +100,24 @@ def weighted_mix(x: torch.Tensor, layer: Any) -> torch.Tensor:
     weight_h = layer.mlp_h.weight_for(x.shape[1] * size).to(dtype)
     weight_w = layer.mlp_w.weight_for(x.shape[2] * size).to(dtype)
     x = x.to(dtype)
-    packed = kernels.use_packed(x)
-    lines, mean, *other_way = kernels.pack_lines(x) if packed else kernels.line_means(x)
+    packed, image = kernels.use_packed(x), x
+    if packed:
+        lines, mean, image = kernels.pack_lines(x)
+    else:
+        lines, mean = kernels.line_means(x)
     # the mean of lines that are mixed is what their mean gives by the mean of the weight's rows
     mean_row = torch.cat([w.unflatten(0, (-1, size)).mean(0) for w in (weight_h, weight_w)], 1)
     pooled = F.linear(lines.flatten(2), mean_row) + layer.mlp_c(mean.flatten(1)).reshape(mean.shape)
     a = layer.branch_weights(pooled).to(dtype)
-    if not packed:
-        c = layer.mlp_c(x.flatten(3)).reshape(x.shape)
-        return layer.proj(_add_axes(x, c, (weight_h, weight_w), a, False))
-    # what is linear takes and gives channels in any order of its weights
-    c = F.linear(x.flatten(3), _other_way(layer.mlp_c.weight, 0, size)).reshape(other_way[0].shape)
-    mixed = _add_axes(other_way[0], c, (weight_h, weight_w), a.transpose(4, 5), True)
-    return F.linear(mixed, _other_way(layer.proj.weight, 1, size), layer.proj.bias)
-
-
-def _add_axes(x: Any, c: torch.Tensor, weights: Any, a: torch.Tensor, packed: bool) -> torch.Tensor:
-    from . import kernels
-
+    weight_c, weight_proj = layer.mlp_c.weight, layer.proj.weight
+    if packed:  # what is linear takes and gives channels in any order of its weights
+        a = a.transpose(4, 5)
+        weight_c, weight_proj = _other_way(weight_c, 0, size), _other_way(weight_proj, 1, size)
     a_h, a_w, a_c = a.unbind(0)
-    mixed = kernels.axis_mix_add(x, weights[0], 1, a_h, c, a_c, packed)
-    return kernels.axis_mix_add(x, weights[1], 2, a_w, mixed, None, packed).flatten(3)
+    mixed = F.linear(x.flatten(3), weight_c).reshape(image.shape)
+    mixed = kernels.axis_mix_add(image, weight_h, 1, a_h, mixed, a_c, packed)
+    mixed = kernels.axis_mix_add(image, weight_w, 2, a_w, mixed, None, packed)
+    return F.linear(mixed.flatten(3), weight_proj, layer.proj.bias)
 
 
 def _other_way(weight: torch.Tensor, axis: int, size: int) -> torch.Tensor:

@@ -45,6 +45,15 @@ def _column_offsets(columns, AXIS_STRIDE: tl.constexpr, DIM: tl.constexpr, CHANN
 
 
 @triton.jit
+def _store_sum(to, mixed, scale_ptr, base, base_scale_ptr, channel, mask):
+    out = base.to(tl.float32)
+    if base_scale_ptr is not None:
+        out *= tl.load(base_scale_ptr + channel, mask=mask, other=0.0)
+    out += mixed * tl.load(scale_ptr + channel, mask=mask, other=0.0)
+    tl.store(to, out.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _mix_kernel(
     x_ptr,
     weight_ptr,
@@ -61,9 +70,7 @@ def _mix_kernel(
     OTHER_SIZE: tl.constexpr,
     OTHER_STRIDE: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SEGMENT_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -72,7 +79,7 @@ def _mix_kernel(
     block = tl.program_id(0)  # those of the same rows follow each other, so that they find them in the cache
     row = (block // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = (block % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row_offset = _row_offsets(row, image_stride, OTHER_SIZE, OTHER_STRIDE, SEGMENTS, SEGMENT_STRIDE)[:, None]
+    row_offset = _row_offsets(row, image_stride, OTHER_SIZE, OTHER_STRIDE, SEGMENTS, DIM)[:, None]
 
     mixed = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for start in range(0, SIZE, BLOCK_IN):
@@ -80,7 +87,7 @@ def _mix_kernel(
         x_mask, weight_mask = (row < rows)[:, None], (column < SIZE)[None, :]
         if SIZE % BLOCK_IN:
             x_mask, weight_mask = x_mask & (k < SIZE)[None, :], weight_mask & (k < SIZE)[:, None]
-        x_offset = row_offset + _column_offsets(k, AXIS_STRIDE, DIM, CHANNEL_STRIDE)[None, :]
+        x_offset = row_offset + _column_offsets(k, AXIS_STRIDE, DIM, 1)[None, :]
         x = tl.load(x_ptr + x_offset, mask=x_mask, other=0.0)
         weight = tl.load(
             weight_ptr + column[None, :] * weight_out_stride + k[:, None] * weight_in_stride,
@@ -95,15 +102,11 @@ def _mix_kernel(
     for half in tl.static_range(2):
         out = first if half == 0 else second
         column = (block % blocks) * BLOCK_OUT + half * (BLOCK_OUT // 2) + tl.arange(0, BLOCK_OUT // 2)
-        offset = row_offset + _column_offsets(column, AXIS_STRIDE, DIM, CHANNEL_STRIDE)[None, :]
+        offset = row_offset + _column_offsets(column, AXIS_STRIDE, DIM, 1)[None, :]
         mask = (row < rows)[:, None] & (column < SIZE)[None, :]
-        channel = (image * SEGMENTS * DIM + segment * SEGMENT_STRIDE)[:, None]
-        channel += (column % DIM * CHANNEL_STRIDE)[None, :]
-        base = tl.load(base_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        if base_scale_ptr is not None:
-            base *= tl.load(base_scale_ptr + channel, mask=mask, other=0.0)
-        out = base + out * tl.load(scale_ptr + channel, mask=mask, other=0.0)
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
+        channel = ((image * SEGMENTS + segment) * DIM)[:, None] + (column % DIM)[None, :]
+        base = tl.load(base_ptr + offset, mask=mask, other=0.0)
+        _store_sum(out_ptr + offset, out, scale_ptr, base, base_scale_ptr, channel, mask)
 
 
 @triton.jit
@@ -129,9 +132,7 @@ def _packed_mix_kernel(
     OTHER_SIZE: tl.constexpr,
     OTHER_STRIDE: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SEGMENT_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -142,31 +143,32 @@ def _packed_mix_kernel(
     weight_0 = _weight_part(weight_ptr, column, k, weight_out_stride, weight_in_stride, SIZE)
     weight_1 = _weight_part(weight_ptr, column, k + BLOCK_IN, weight_out_stride, weight_in_stride, SIZE)
     weight_2 = _weight_part(weight_ptr, column, k + 2 * BLOCK_IN, weight_out_stride, weight_in_stride, SIZE)
-    column_offset = _column_offsets(column, AXIS_STRIDE, DIM, CHANNEL_STRIDE)[:, None]
+    column_offset = _column_offsets(column, AXIS_STRIDE, DIM, SEGMENTS)[:, None]
 
     first, tiles, step = tl.program_id(0) // blocks, tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0) // blocks
     for tile in tl.range(first, tiles, step, num_stages=4):
         row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_offset = _row_offsets(row, image_stride, OTHER_SIZE, OTHER_STRIDE, SEGMENTS, SEGMENT_STRIDE)[None, :]
+        row_offset = _row_offsets(row, image_stride, OTHER_SIZE, OTHER_STRIDE, SEGMENTS, 1)[None, :]
         inside = (row < rows)[None, :]
         offset, mask = row_offset + column_offset, inside & (column < SIZE)[:, None]
         base = tl.load(base_ptr + offset, mask=mask, other=0.0)
         mixed = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
         for part in tl.static_range(3):
             k = part * BLOCK_IN + tl.arange(0, BLOCK_IN)
-            x_mask = inside & (k < SIZE)[:, None] if SIZE % BLOCK_IN or SIZE < 3 * BLOCK_IN else inside
-            x_offset = row_offset + _column_offsets(k, AXIS_STRIDE, DIM, CHANNEL_STRIDE)[:, None]
+            x_mask = inside & (k < SIZE)[:, None] if SIZE < 3 * BLOCK_IN else inside
+            x_offset = row_offset + _column_offsets(k, AXIS_STRIDE, DIM, SEGMENTS)[:, None]
             x = tl.load(x_ptr + x_offset, mask=x_mask, other=0.0)
             weight = weight_0 if part == 0 else (weight_1 if part == 1 else weight_2)
             mixed = tl.dot(weight, x, mixed, input_precision="ieee")
         image, segment = row // (OTHER_SIZE * SEGMENTS), row % SEGMENTS
-        channel = (image * SEGMENTS * DIM + segment * SEGMENT_STRIDE)[None, :]
-        channel += (column % DIM * CHANNEL_STRIDE)[:, None]
-        out = base.to(tl.float32)
-        if base_scale_ptr is not None:
-            out *= tl.load(base_scale_ptr + channel, mask=mask, other=0.0)
-        out += mixed * tl.load(scale_ptr + channel, mask=mask, other=0.0)
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
+        channel = (image * SEGMENTS * DIM + segment)[None, :] + (column % DIM * SEGMENTS)[:, None]
+        _store_sum(out_ptr + offset, mixed, scale_ptr, base, base_scale_ptr, channel, mask)
+
+
+@triton.jit
+def _store_means(total, to_line, to_mean, H: tl.constexpr, W: tl.constexpr, mask, inside):
+    tl.store(to_line, (total / H).to(to_line.dtype.element_ty), mask=mask)
+    tl.store(to_mean, (tl.sum(total, 0) / (H * W)).to(to_mean.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -196,9 +198,7 @@ def _means_kernel(
         tl.store(lines_ptr + h * DIM, (tl.sum(x, 0) / W).to(lines_ptr.dtype.element_ty), mask=inside)
         total += x
     line = lines_ptr[None, :] + (H + w[:, None]) * DIM
-    tl.store(line, (total / H).to(line.dtype.element_ty), mask=mask)
-    mean = tl.sum(total, 0) / (H * W)
-    tl.store(mean_ptr + image * size + channel, mean.to(mean_ptr.dtype.element_ty), mask=inside)
+    _store_means(total, line, mean_ptr + image * size + channel, H, W, mask, inside)
 
 
 @triton.jit
@@ -234,9 +234,7 @@ def _pack_kernel(
         tl.store(lines_ptr + h * DIM, (tl.sum(x, 0) / W).to(lines_ptr.dtype.element_ty), mask=inside)
         total += x
     line = lines_ptr[None, :, :] + (H + w[:, None, None]) * DIM
-    tl.store(line, (total / H).to(line.dtype.element_ty), mask=mask)
-    mean = tl.sum(total, 0) / (H * W)
-    tl.store(mean_ptr + image * size + channel, mean.to(mean_ptr.dtype.element_ty), mask=inside)
+    _store_means(total, line, mean_ptr + image * size + channel, H, W, mask, inside)
 
 
 def _launchable(kernel: Any) -> Any:
@@ -259,7 +257,7 @@ def line_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of the lines of an image, of rows and columns at once.
 
     Args:
-        x: `[B, H, W, N, S]`, N segments of S channels, of fewer than 2^31 elements.
+        x: `[B, H, W, N, S]`, N segments of S channels, of fewer than 2^30 elements.
 
     Returns:
         Means over the width and, behind them, over the height, `[B, N, H + W, S]`, and over both, `[B, N, S]`. Summed
@@ -280,7 +278,7 @@ def pack_lines(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     """What `line_means` gives, and the image with its channels the other way round.
 
     Args:
-        x: `[B, H, W, N, S]`, of fewer than 2^31 elements.
+        x: `[B, H, W, N, S]`, of fewer than 2^30 elements.
 
     Returns:
         `[B, N, H + W, S]`, `[B, N, S]`, and the image, `[B, H, W, S, N]`.
@@ -327,17 +325,10 @@ def axis_mix_add(
             the base has another shape or type.
     """
     size, dim = _check(x, weight, axis, packed)
-    per_channel = (x.shape[0], 1, 1, *x.shape[3:])
-    for name, t, shape in (
-        ("scale", scale, per_channel),
-        ("base", base, x.shape),
-        ("base_scale", base_scale, per_channel),
-    ):
-        if t is not None and (t.shape != shape or t.dtype != x.dtype):
-            raise ValueError(f"{name} is {list(t.shape)} in {t.dtype}, expected {list(shape)} in {x.dtype}.")
+    _check_added(x, scale, base, base_scale)
     x, other = x.contiguous(), 3 - axis
     out = torch.empty_like(x)
-    rows, segments = x.numel() // size, x.shape[4 if packed else 3]
+    rows = x.numel() // size
     kernel, blocks, grid = _plan(rows, size, packed, x.device)
     _launchable(kernel)[grid](
         x,
@@ -354,10 +345,8 @@ def axis_mix_add(
         AXIS_STRIDE=x.stride(axis),
         OTHER_SIZE=x.shape[other],
         OTHER_STRIDE=x.stride(other),
-        SEGMENTS=segments,
-        SEGMENT_STRIDE=1 if packed else dim,
+        SEGMENTS=x.shape[4 if packed else 3],
         DIM=dim,
-        CHANNEL_STRIDE=segments if packed else 1,
         **blocks,
     )
     return out
@@ -380,6 +369,17 @@ def _check(x: torch.Tensor, weight: torch.Tensor, axis: int, packed: bool) -> tu
     return size, dim
 
 
+def _check_added(x: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, base_scale: torch.Tensor | None) -> None:
+    per_channel = (x.shape[0], 1, 1, *x.shape[3:])
+    for name, t, shape in (
+        ("scale", scale, per_channel),
+        ("base", base, x.shape),
+        ("base_scale", base_scale, per_channel),
+    ):
+        if t is not None and (t.shape != shape or t.dtype != x.dtype):
+            raise ValueError(f"{name} is {list(t.shape)} in {t.dtype}, expected {list(shape)} in {x.dtype}.")
+
+
 def _plan(rows: int, size: int, packed: bool, device: torch.device) -> tuple[Any, dict[str, int], tuple[int]]:
     """The kernel, its blocks and its programs: what was fastest on an H200 for `vip_s7` and `vip_m7`."""
     if packed:
@@ -388,7 +388,7 @@ def _plan(rows: int, size: int, packed: bool, device: torch.device) -> tuple[Any
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         return _packed_mix_kernel, blocks, (columns * max(1, min(tiles, 2 * processors // columns)),)
     if size % 128:
-        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=4, num_stages=3)
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
     else:
         blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
     grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
