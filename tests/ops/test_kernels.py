@@ -35,7 +35,8 @@ def textbook(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).nan_to_num().item()  # 0 / 0 is of nothing
+    error = (found.double() - expected).norm()
+    return (error / expected.norm()).item() if error else 0.0  # of no images, too
 
 
 def without_kernels(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -297,9 +298,12 @@ def test_golden_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="autocast and torch.compile of a GPU")
 @pytest.mark.parametrize("dtype", ops.HALVES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_validation_on_a_gpu(compiled: bool, dtype: torch.dtype, called: list[str]) -> None:
+def test_validation_on_a_gpu(
+    compiled: bool, dtype: torch.dtype, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under autocast the kernels are chosen by themselves, and err no more than torch does."""
     torch.manual_seed(0)
+    monkeypatch.setattr(ops, "LEAST_IN_EAGER", 0)  # of what torch.compile traces there is none
     model = timm.create_model("vip_s7").to(DEVICE).eval()
     images = torch.randn(4, 3, 224, 224, device=DEVICE)
 
@@ -318,19 +322,36 @@ def test_validation_on_a_gpu(compiled: bool, dtype: torch.dtype, called: list[st
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile and torch.export of a GPU")
 @pytest.mark.parametrize("dtype", ops.HALVES)
 @pytest.mark.parametrize("ready", ["optimized", "compiled", "exported"])
-def test_inference_on_a_gpu(ready: str, dtype: torch.dtype) -> None:
+def test_inference_on_a_gpu(ready: str, dtype: torch.dtype, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made ready for inference keeps the kernels, and errs no more than the model does in torch."""
     torch.manual_seed(0)
+    monkeypatch.setattr(ops, "LEAST_IN_EAGER", 0)
     model = timm.create_model("vip_s7").to(DEVICE).eval()
     images = torch.randn(4, 3, 224, 224, device=DEVICE)
     with torch.inference_mode():
         exact = model(images).double()
         halved = copy.deepcopy(model).to(dtype)
         plain = relative_error(without_kernels(lambda: halved(images.to(dtype))), exact)
+    assert not called
     own: Callable[..., torch.Tensor] = optimize_for_inference(model, dtype, compiled=ready == "compiled")
     if ready == "exported":
         program = torch.export.export(own, (images.to(dtype),))
         assert "vip.axis_mix_add.default" in {str(node.target) for node in program.graph.nodes}
         own = program.module()
     with torch.inference_mode():
-        assert relative_error(own(images.to(dtype)), exact) < 1.2 * plain < 0.1
+        assert 0 < relative_error(own(images.to(dtype)), exact) < 1.2 * plain < 0.1
+    assert set(called) == {"axis_mix_add", "line_means", "pack_lines"}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU that is not the current one")
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_gpu_that_is_not_the_current_one(packed: bool) -> None:
+    x = torch.randn(2, 8, 8, 8, 6, device="cuda:1").to(DTYPE)
+    x, weight = other_way(x) if packed else x, torch.randn(48, 48, device="cuda:1").to(DTYPE)
+    own, *_, means = kernels.axis_mix_add(x, weight, 1, x[:, :1, :1], x, None, packed), *kernels.line_means(x)
+    torch.cuda.set_device(1)
+    try:
+        again, *_, same = kernels.axis_mix_add(x, weight, 1, x[:, :1, :1], x, None, packed), *kernels.line_means(x)
+    finally:
+        torch.cuda.set_device(0)
+    assert torch.equal(own, again) and torch.equal(means, same) and own.isfinite().all()

@@ -33,7 +33,8 @@ _logger = logging.getLogger(__name__)
 LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 MEMORY_BUDGET = 0.6  # what makes room for larger batches, and not speed; lower ones spare little more
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
-LEFT_OUT = "left out: the time was over (--minutes sets more)"
+_LEFT_OUT = "left out: the time was over (--minutes sets more)"
+_NO_KERNELS = "they are off, or not for this device"
 _AHEAD_SECONDS = 150  # what other processes have not compiled by then is compiled where it is measured
 _MEMORY_OF_A_JOB = 45_000_000_000  # about what a training step of vip_l7 takes of a GPU at a batch of 256
 
@@ -122,8 +123,10 @@ def target_parts(device: torch.device) -> list[Part]:
 
 def beside_parts(device: torch.device) -> list[Part]:
     """What is reported beside: kernels by themselves, and the other models."""
-    layers = LAYERS if device.type == "cuda" else ()
-    kernels = (Part(f"kernels, {_named(layer)}", partial(kernel_findings, layer)) for layer in layers)
+    kernels: list[Part] = []
+    if device.type == "cuda":
+        kernels = [Part(f"kernels, {_named(layer)}", partial(kernel_findings, layer)) for layer in LAYERS]
+        kernels.append(Part("kernels, small batch", small_batch_findings))
     return [*_others(False, device), *kernels, *_others(True, device)]
 
 
@@ -176,6 +179,8 @@ def _compile(entry: Entry, phase: str, config: BenchmarkConfig, device: torch.de
     inductor.compile_threads = threads
     allow_fast_kernels()  # as the command does, and what is compiled depends on
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         _prepare(entry, phase, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
     except Exception as e:  # of whatever kind, it is told where this is measured
         _logger.debug(f"{entry}: {one_line(e)}")
@@ -212,7 +217,7 @@ def run_parts(
                 _logger.warning(f"Nothing is compiled ahead: {one_line(e)}")
         begin = time.monotonic()
         if begin >= until:
-            findings.append(Finding(part.name, [], remark=LEFT_OUT))
+            findings.append(Finding(part.name, [], remark=_LEFT_OUT))
             continue
         try:
             free_memory(device)  # raises where a kernel has left a GPU unusable
@@ -422,20 +427,43 @@ def kernel_findings(layer: tuple[int, int, int], config: BenchmarkConfig, device
     """
     length, dim, segments = layer
     # four batches where the kernels take as much: one product is done before Python has started the next
-    batch = min(4 * config.batch_size[0], (2**31 - 1) // (length**2 * dim))
+    batch = min(4 * config.batch_size[0], ops.MOST_ELEMENTS // (length**2 * dim))
     what = f"{_named(layer)}, bfloat16, batch {batch}: kernels against torch"
     x = torch.randn(batch, length, length, dim, device=device, dtype=torch.bfloat16)
     if not ops.use_kernels(x.unflatten(3, (segments, -1))):
-        return [Finding(what, [], remark="they are off, or not for this device")]
+        return [Finding(what, [], remark=_NO_KERNELS)]
     mlp = PermuteMlp(dim, segments, (length, length), device=device, dtype=torch.bfloat16)
-    steps: dict[Hashable, Step] = {on: partial(_with_kernels, on, partial(_infer, mlp, x)) for on in (True, False)}
-    for run in steps.values():
-        run()  # compiles
-    turns = take_turns(steps, config.rounds, config.seconds / 10, device)
-    own, other = (turns[on].seconds for on in (True, False))
+    own, other = _with_kernels_and_without(partial(_infer, mlp, x), config, device)
     flops = 4 * x.numel() * (length * dim // segments + dim)
     remark = f"{median(own) * 1e6:,.0f} and {median(other) * 1e6:,.0f} us; {flops / median(own) / 1e12:,.0f} TFLOP/s"
     return [Finding(what, [b / a for a, b in zip(own, other, strict=True)], 1.0, remark=remark)]
+
+
+def small_batch_findings(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
+    """The smallest batch of which the kernels mix every block in eager mode, where Python may be what is slow."""
+    least = [-(-ops.LEAST_IN_EAGER // (length**2 * dim)) for length, dim, _ in LAYERS[:2]]
+    entry = Entry()
+    what = f"inference, batch {max(least)}: {entry}, kernels against torch"
+    x = torch.empty(ops.LEAST_IN_EAGER // 2, 1, 1, 1, 2, device=device, dtype=torch.bfloat16)
+    if not ops.use_kernels(x):
+        return [Finding(what, [], remark=_NO_KERNELS)]
+    own, other = _with_kernels_and_without(
+        _prepare(entry, "inference", max(least), config, device).step, config, device
+    )
+    return [Finding(what, [b / a for a, b in zip(own, other, strict=True)], 1.0)]
+
+
+def _with_kernels_and_without(
+    step: Step, config: BenchmarkConfig, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of a step in each round."""
+    steps: dict[Hashable, Step] = {on: partial(_with_kernels, on, step) for on in (True, False)}
+    for run in steps.values():
+        run()  # compiles
+    turns = take_turns(steps, config.rounds, config.seconds / 10, device)
+    if errors := [turn.error for turn in turns.values() if turn.error]:
+        raise RuntimeError(errors[0])
+    return turns[True].seconds, turns[False].seconds
 
 
 def _named(layer: tuple[int, int, int]) -> str:
@@ -477,15 +505,12 @@ def _phase(phase: str, compiled: bool = False) -> str:
     return ("training step" if phase == "train" else phase) + (", compiled" if compiled else "")
 
 
-def where_time_goes(
-    config: BenchmarkConfig, device: torch.device, until: float = inf
-) -> dict[str, dict[str, float] | str]:
+def where_time_goes(config: BenchmarkConfig, device: torch.device) -> dict[str, dict[str, float] | str]:
     """Shares of the time of a step by kind of operation, for the models whose paths differ; why not, where it fails.
 
     Args:
         config: Batch size, the first of `batch_size`, and warm-up.
         device: Device of the models.
-        until: Time, as `time.monotonic` tells it, from which on the others are `LEFT_OUT`.
     """
     precision = "bfloat16" if device.type == "cuda" else "float32"
     entries = [Entry(form="textbook", precision=precision), Entry(precision=precision)]
@@ -493,9 +518,6 @@ def where_time_goes(
     shares: dict[str, dict[str, float] | str] = {}
     for phase, entry in product(PRODUCTS, entries):
         name = f"{_phase(phase)}: {entry}"
-        if time.monotonic() >= until:
-            shares[name] = LEFT_OUT
-            continue
         try:
             free_memory(device)
             shares[name] = time_shares(_prepare(entry, phase, config.batch_size[0], config, device).step, device)
@@ -514,5 +536,5 @@ def _data_path(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
 def _epoch(config: BenchmarkConfig, device: torch.device) -> list[Finding]:
     """An epoch of `distributed_train.sh` against its steps alone."""
     ratios, remark = epoch_ratios(device, config)
-    what = "time of an epoch of distributed_train.sh, against its steps alone, plain images"
+    what = "time of an epoch of distributed_train.sh, eager, against its steps alone, plain images"
     return [Finding(what, ratios, 1.03, at_most=True, remark=remark)]

@@ -19,6 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = ["as_autocast", "is_plain", "set_kernels", "use_kernels", "use_weighted_mix", "weighted_mix"]
 
 HALVES = (torch.float16, torch.bfloat16)
+# addresses are 32 bits, and those of the means of lines twice as many at most
+MOST_ELEMENTS = 2**30 - 1
+# of fewer, a GPU has computed everything before Python, which takes longer over kernels than over torch's, has asked
+# for more; where torch.compile asks, there is no such wait. Some 20 images of ViP's first stage
+LEAST_IN_EAGER = 2**22
 
 _HAS_TRITON = find_spec("triton") is not None
 _BY_DEFAULT = os.environ.get("VIP_KERNELS", "1") != "0"
@@ -42,7 +47,8 @@ def use_kernels(x: torch.Tensor) -> bool:
         _computing_type(x) in HALVES
         and torch.cuda.get_device_properties(x.device).major >= 8
         and x.shape[-1] % 2 == 0  # two numbers of 16 bits are the least that is read at once
-        and x.numel() < 2**30  # whose addresses are 32 bits, and those of its lines' means, twice as many at most
+        and x.numel() <= MOST_ELEMENTS
+        and (torch.compiler.is_compiling() or x.numel() >= LEAST_IN_EAGER)
     )
 
 

@@ -13,6 +13,7 @@ Processors read 16 bytes at once. Segments of 6 channels do not begin at such by
 the other way round, `[S, N]`, those of the same place in all segments side by side.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-__all__ = ["axis_mix_add", "line_means", "pack_lines"]
+__all__ = ["axis_mix_add", "line_means", "pack_lines", "use_packed"]
 
 _PACKED_SIZE = 192  # the longest lines of a packed image whose weights stay in shared memory, in three parts of 64
 _ROOMY = ((8, 0), (9, 0), (10, 0))  # compute capabilities with more than the 99 KiB of it that others give a program
@@ -237,6 +238,12 @@ def _pack_kernel(
     _store_means(total, line, mean_ptr + image * size + channel, H, W, mask, inside)
 
 
+def _launch(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
+    """Launch a kernel on the GPU of its first argument, which need not be the current one."""
+    with torch.cuda.device_of(args[0]) if torch.cuda.is_initialized() else nullcontext():
+        _launchable(kernel)[grid](*args, **constants)
+
+
 def _launchable(kernel: Any) -> Any:
     """A kernel that torch.compile sees; as it is under Triton's interpreter, which older torch does not know."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
@@ -269,7 +276,7 @@ def line_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # one warp a program, so that none waits for another where channels are summed
     blocks = dict(BLOCK_WIDTH=width, BLOCK_CHANNELS=max(16, min(64, 2048 // width)), num_warps=1)
     grid = (B * triton.cdiv(N * S, blocks["BLOCK_CHANNELS"]),)
-    _launchable(_means_kernel)[grid](x, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S, **blocks)
+    _launch(_means_kernel, grid, x, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S, **blocks)
     return lines, mean
 
 
@@ -290,7 +297,7 @@ def pack_lines(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     segments = max(1, min(8, triton.next_power_of_2(N), 2048 // (width * dim)))
     blocks = dict(BLOCK_WIDTH=width, BLOCK_SEGMENTS=segments, BLOCK_DIM=dim, num_warps=1)
     grid = (B * triton.cdiv(N, segments),)
-    _launchable(_pack_kernel)[grid](x, packed, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S, **blocks)
+    _launch(_pack_kernel, grid, x, packed, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S, **blocks)
     return lines, mean, packed
 
 
@@ -330,7 +337,9 @@ def axis_mix_add(
     out = torch.empty_like(x)
     rows = x.numel() // size
     kernel, blocks, grid = _plan(rows, size, packed, x.device)
-    _launchable(kernel)[grid](
+    _launch(
+        kernel,
+        grid,
         x,
         weight,
         out,
