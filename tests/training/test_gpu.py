@@ -9,13 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from label_maps import write_maps
 from PIL import Image
+from timm.task import ClassificationTask
 
 from vip.data.loaders import create_train_loader
 from vip.token_labels.targets import TokenLabels, dense_targets
 from vip.training.config import TrainConfig
+from vip.training.engine import TrainState, train_step
+from vip.training.factory import compile_task, create_criterion, create_optimizer
+from vip.training.runtime import setup_precision
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 ROOT = Path(__file__).parents[2]
@@ -118,6 +123,28 @@ def test_targets_are_made_without_waiting_and_in_little_memory(mixed: bool):
     assert targets.tokens.shape == (images, size, size, classes) and peak < 100e6
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_training_step_does_not_wait(compiled: bool):
+    """Forward and backward pass, clipping, update and average of the weights."""
+    config = TrainConfig(amp=True, amp_dtype="bfloat16", clip_grad=1.0, torchcompile="inductor" if compiled else None)
+    device = torch.device("cuda")
+    model = timm.create_model("vip_nano4_32", drop_path_rate=0.1).to(device)
+    task = ClassificationTask(model, create_criterion(config), device=device, verbose=False)
+    task.setup_ema(decay=0.99)
+    state = TrainState(task, create_optimizer(config, model, 32), None, setup_precision(config, device))
+    if compiled:
+        compile_task(task, config)
+    task.train()
+    images, target = torch.randn(32, 3, 32, 32, device=device), torch.rand(32, 1000, device=device).softmax(1)
+    for _ in range(2):  # the first make what is made once
+        train_step(state, config, images, target, 1.0, update=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(state, config, images, target, 1.0, update=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_prefetcher_copies_on_a_stream_of_its_own(photos: Path):
     from vip.data.datasets import create_split
 
@@ -131,8 +158,6 @@ def test_prefetcher_copies_on_a_stream_of_its_own(photos: Path):
 
 
 def test_half_precision_agrees_with_float32(photos: Path):
-    import timm
-
     torch.manual_seed(0)
     model = timm.create_model("vip_s7").cuda().eval()
     x = torch.randn(8, 3, 224, 224, device="cuda")
