@@ -242,7 +242,7 @@ def evaluate(
         with precision.autocast():
             output = model(images)
             if tta == 2:
-                output = (output + model(images.flip(-1))) / 2
+                output = (output.clone() + model(images.flip(-1))) / 2  # CUDA graphs write over what they gave
         if isinstance(output, tuple | list):
             output = output[0]
         if label_subset is not None:
