@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import timm
@@ -25,10 +26,15 @@ SMALL = {
 }
 
 
-def random_model(name: str) -> nn.Module:
+# a block of each kind of stage is soon compiled
+TWO_BLOCKS: dict[str, Any] = dict(layers=(1, 1), embed_dims=(64, 128), transitions=(True,), segments=(8, 4))
+
+
+def random_model(name: str, **kwargs: Any) -> nn.Module:
     """With scales, shifts and statistics that are not those of a new model, and all that drops on."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, drop_rate=0.3, drop_path_rate=0.3, **SMALL[name]).double().eval()
+    kwargs = dict(num_classes=7, drop_rate=0.3, drop_path_rate=0.3, **SMALL[name], **kwargs)
+    model = timm.create_model(name, **kwargs).double().eval()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data.uniform_(0.1, 0.5)
@@ -215,7 +221,7 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 )
 def test_compiled(dtype: torch.dtype, packed: bool, tolerance: float, frozen: list[object]) -> None:
     torch._dynamo.reset()
-    model = random_model("vip_nano4_32")
+    model = random_model("vip_nano4_32", **TWO_BLOCKS)
     compiled = vip.optimize_for_inference(model, dtype=dtype, compiled=True)
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     for images in (x, x[:2], x):
@@ -235,7 +241,7 @@ def test_packed_for_onednn_and_other_batches(
     codes: list[str] = []
     monkeypatch.setattr(torch._inductor.graph.GraphLowering, "save_output_code", staticmethod(codes.append))
     torch._dynamo.reset()
-    model = random_model("vip_nano4_32").to(dtype)
+    model = random_model("vip_nano4_32", **TWO_BLOCKS).to(dtype)
     compiled = vip.optimize_for_inference(model, dtype=dtype, compiled=True)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     x = torch.randn(5, 3, 32, 32).to(dtype)
@@ -250,7 +256,7 @@ def test_packed_for_onednn_and_other_batches(
 def test_compiled_with_gradients(frozen: list[object]) -> None:
     """With gradients torch does not pack, and compiles anew."""
     torch._dynamo.reset()
-    model = random_model("vip_nano4_32").float()
+    model = random_model("vip_nano4_32", **TWO_BLOCKS).float()
     compiled = vip.optimize_for_inference(model, dtype=torch.float32, compiled=True)
     x = torch.randn(2, 3, 32, 32, requires_grad=True)
     found, expected = (torch.autograd.grad(m(x).sum(), x)[0] for m in (compiled, model))
@@ -266,7 +272,7 @@ def test_compiled_with_gradients(frozen: list[object]) -> None:
 )
 def test_compiled_in_threads() -> None:
     torch._dynamo.reset()
-    model = random_model("vip_nano4_32").float()
+    model = random_model("vip_nano4_32", **TWO_BLOCKS).float()
     compiled = vip.optimize_for_inference(model, dtype=torch.float32, compiled=True)
     images = [torch.randn(1 + i % 2, 3, 32, 32) for i in range(40)]
     with torch.no_grad():
