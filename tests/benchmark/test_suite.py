@@ -236,9 +236,9 @@ def test_what_is_compiled_ahead_leaves_half_the_time_to_measure(monkeypatch: pyt
 def test_a_batch_that_was_halved_is_told() -> None:
     own, other = Entry(), Entry(form="textbook")
     group = Group(4, {own: 4, other: 2}, {own: [1.0], other: [2.0]})
-    assert group.faster("speed", own, other).remark == "1 and 0 img/s, batches of 4 and 2"
+    assert group.faster("speed", own, other).remark == "1 and 0.5 img/s, batches of 4 and 2"
     group.batch_sizes[other] = 4
-    assert group.faster("speed", own, other).remark == "1 and 0 img/s"
+    assert group.faster("speed", own, other).remark == "1 and 0.5 img/s"
 
 
 def test_one_that_fails_is_a_row_of_its_own(small_models: None, monkeypatch: pytest.MonkeyPatch) -> None:

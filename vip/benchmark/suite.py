@@ -259,8 +259,9 @@ class Group:
         if failure := self._failure(what, target, own, other):
             return failure
         ratios = [b / a for a, b in zip(self.seconds[own], self.seconds[other], strict=True)]
-        speeds = [f"{1 / median(self.seconds[entry]):,.0f}" for entry in (own, other)]
-        return Finding(what, ratios, target, remark=f"{speeds[0]} and {speeds[1]} img/s{self._batches(own, other)}")
+        speeds = [1 / median(self.seconds[entry]) for entry in (own, other)]
+        taken = " and ".join(f"{speed:{',.0f' if speed >= 100 else '.3g'}}" for speed in speeds)
+        return Finding(what, ratios, target, remark=f"{taken} img/s{self._batches(own, other)}")
 
     def share_of_product(self, what: str, own: Entry, target: float) -> Finding:
         """The share of the rate of a large matrix product that an entry reaches."""
