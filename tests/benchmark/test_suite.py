@@ -17,6 +17,7 @@ import timm
 import torch
 from textbook_model import TextbookPermuteMlp
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from training_command import Outcome
 
 from vip import ops
@@ -119,7 +120,9 @@ def test_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "prepare", lambda case, *rest: prepare(dataclasses.replace(case, model=model), *rest))
     gpu = torch.device("cuda")
     compiled = partial(suite._other, "vip_s14", "inference", True)
-    layer = partial(suite.kernel_findings, (16, 384, 16))
+    layer = partial(
+        suite.kernel_findings, (64, 384, 16)
+    )  # four times the images of 32 pixels are enough for eager mode
     for part in (suite._on_gpu, suite._training, suite._lean_training, compiled, layer, suite.small_batch_findings):
         assert all(finding.ratios for finding in part(QUICK, gpu))
     for shares in suite.where_time_goes(QUICK, gpu).values():
@@ -186,6 +189,24 @@ def test_what_was_compiled_ahead_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not group.errors
     found = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
     assert found == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_what_is_compiled_ahead_is_so_on_the_device(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    current: list[Any] = []
+
+    def prepare(*args: Any) -> None:
+        current.append(args[-1])
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(suite, "allow_fast_kernels", lambda: None)
+    monkeypatch.setattr(suite, "_prepare", prepare)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    suite._compile(Entry(compiled=True), "train", QUICK, torch.device(name), inductor.compile_threads)
+    assert current == [torch.device(name)] * (2 if name == "cuda:1" else 1), "without a number it is the current one"
+    assert "vip_s7 bfloat16 compiled is not compiled ahead: no GPU" in caplog.text
 
 
 def end_at_once(*args: Any) -> None:
@@ -319,14 +340,17 @@ def test_kernels_are_compared_with_torch_in_the_smallest_batch(
     assert "batch 10: vip_s7 bfloat16 eager, kernels against torch" in finding.what, "half the elements in stage two"
     assert len(finding.ratios) == 2 and finding.target == 1
 
-    def fail(x: torch.Tensor, *args: Any) -> None:
-        if started:
+
+def test_kernels_that_fail_in_a_turn_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[torch.Tensor] = []
+
+    def infer(mlp: torch.nn.Module, x: torch.Tensor) -> None:
+        if ops._enabled and started:
             raise RuntimeError("CUDA error")
         started.append(x)
 
-    started: list[torch.Tensor] = []
-    monkeypatch.setattr(ops, "weighted_mix", lambda x, *args: fail(x) or x.flatten(3))
-    monkeypatch.setattr(suite, "_infer", lambda mlp, x: fail(x) if ops._enabled else None)
+    monkeypatch.setattr(ops, "use_kernels", lambda x: True)
+    monkeypatch.setattr(suite, "_infer", infer)
     with pytest.raises(RuntimeError, match="CUDA error"):
         suite.kernel_findings((4, 12, 3), QUICK, CPU)
 
@@ -386,7 +410,7 @@ def test_targets_come_first_and_the_rest_while_there_is_time(
     monkeypatch.setattr(cli, "setup_runtime", lambda name: SimpleNamespace(device=torch.device(kind)))
     monkeypatch.setattr(suite, "free_memory", lambda device: None)
     monkeypatch.setattr(cli, "environment", lambda device: {})
-    monkeypatch.setattr(cli, "clocks", lambda device: {})
+    monkeypatch.setattr(cli, "clocks", lambda device: {"megahertz": now[0]})
     targets = ["_on_gpu" if kind == "cuda" else "_on_cpu", "_training", "_lean_training", "_epoch", "_data_path"]
     for name in (*targets, "_other", "kernel_findings"):
         monkeypatch.setattr(suite, name, partial(find, name))
@@ -398,6 +422,7 @@ def test_targets_come_first_and_the_rest_while_there_is_time(
     assert "| inference, vip_l7 | not measured |" in left_out[0]
     assert "| training step, compiled, lvvit_s |" in left_out[-1]
     assert "5 rounds of " in out.read_text() and "; 7.0 minutes." in out.read_text()
+    assert "megahertz 60.0" in out.read_text(), "after the first part, while the device is warm"
 
     asked.clear()
     assert command("benchmark", "--suite", "performance", "--out", out).status == 0

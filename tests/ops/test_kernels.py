@@ -23,8 +23,13 @@ pytestmark = [
 pytestmark += [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # the interpreter multiplies no bfloat16; on a GPU float32 is torch's
+# weights of packed lines take more shared memory than some GPUs give a program
+PACKS = INTERPRETED or (torch.cuda.is_available() and kernels.use_packed(torch.empty(1, 32, 32, 8, 6, device=DEVICE)))
 ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3} if INTERPRETED else {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPE = next(iter(ERRORS))
+OF_VIP_S7 = {"axis_mix_add", "line_means"} | ({"pack_lines"} if PACKS else set())
+needs_room = pytest.mark.skipif(not PACKS, reason="too little shared memory")
+packed_or_not = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_room)])
 
 
 def textbook(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
@@ -123,6 +128,7 @@ def test_adds_as_the_textbook(shape: tuple[int, ...], axis: int, base_scaled: bo
 @pytest.mark.parametrize("base_scaled", [True, False])
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("shape", PACKED)
+@needs_room
 def test_adds_what_is_packed(shape: tuple[int, ...], axis: int, base_scaled: bool, dtype: torch.dtype) -> None:
     assert kernels.use_packed(torch.empty(shape, device=DEVICE))
     check_add(shape, axis, dtype, base_scaled, packed=True)
@@ -141,13 +147,13 @@ sizes = st.integers(1, 9)
 @settings(deadline=None, max_examples=40)
 @given(st.tuples(st.integers(0, 5), sizes, sizes, sizes, sizes), st.sampled_from([1, 2]), sizes, st.booleans())
 def test_of_any_shape(shape: tuple[int, ...], axis: int, seed: int, base_scaled: bool) -> None:
-    for packed in (False, True):
+    for packed in (False, True)[: 1 + PACKS]:
         check_add(shape, axis, DTYPE, base_scaled, packed, seed)
         check_means(shape, DTYPE, packed, seed)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in ERRORS if dtype.itemsize == 2])
-@pytest.mark.parametrize("packed", [True, False])
+@packed_or_not
 def test_a_sum_is_rounded_once(packed: bool, dtype: torch.dtype) -> None:
     """What is added errs like float64's result in 16 bits; mixing, scaling and adding one after another err more."""
     torch.manual_seed(0)
@@ -171,7 +177,7 @@ def test_is_the_same_to_the_bit_again() -> None:
     first, *others = (
         (
             kernels.axis_mix_add(x, weight, 1, scale, x, scale),
-            kernels.axis_mix_add(packed[1], weight, 2, *packed, True),
+            *([kernels.axis_mix_add(packed[1], weight, 2, *packed, True)] if PACKS else []),
             *kernels.line_means(x),
             *kernels.pack_lines(x),
         )
@@ -244,7 +250,7 @@ def test_is_a_good_operator() -> None:
     checks = ("test_schema", "test_autograd_registration") + (() if INTERPRETED else ("test_faketensor",))
     scale = torch.randn(2, 1, 1, 2, 2, device=DEVICE, dtype=DTYPE, requires_grad=True)
     for base_scale in (scale, None):
-        for packed in (False, True):
+        for packed in (False, True)[: 1 + PACKS]:
             arguments = (x, weight, 1, scale, x, base_scale, packed)
             torch.library.opcheck(kernels.axis_mix_add, arguments, test_utils=checks)
     for operator in (kernels.line_means, kernels.pack_lines):
@@ -315,7 +321,7 @@ def test_validation_on_a_gpu(
     plain = relative_error(without_kernels(lambda: logits(model)), exact)
     assert not called
     own = relative_error(logits(torch.compile(model) if compiled else model), exact)
-    assert set(called) == {"axis_mix_add", "line_means", "pack_lines"}
+    assert set(called) == OF_VIP_S7
     assert 0 < own < 1.2 * plain < 0.2
 
 
@@ -340,11 +346,11 @@ def test_inference_on_a_gpu(ready: str, dtype: torch.dtype, called: list[str], m
         own = program.module()
     with torch.inference_mode():
         assert 0 < relative_error(own(images.to(dtype)), exact) < 1.2 * plain < 0.1
-    assert set(called) == {"axis_mix_add", "line_means", "pack_lines"}
+    assert set(called) == OF_VIP_S7
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU that is not the current one")
-@pytest.mark.parametrize("packed", [False, True])
+@packed_or_not
 def test_on_a_gpu_that_is_not_the_current_one(packed: bool) -> None:
     x = torch.randn(2, 8, 8, 8, 6, device="cuda:1").to(DTYPE)
     x, weight = other_way(x) if packed else x, torch.randn(48, 48, device="cuda:1").to(DTYPE)

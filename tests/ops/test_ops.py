@@ -50,8 +50,7 @@ def test_numbers_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    (passed,) = re.findall(r"(\d+) passed", done.stdout)
-    assert int(passed) > 100, "what needs a GPU is skipped, and no more"
+    assert re.search(r"1\d\d passed, 12 skipped", done.stdout), "what needs a GPU, and no more"
 
 
 @pytest.fixture
@@ -93,6 +92,7 @@ def test_small_images_are_for_the_compiler(gpu: Callable[..., torch.Tensor], mon
     """In eager mode Python takes longer over the kernels than over torch, and a GPU waits for it."""
     monkeypatch.undo()
     monkeypatch.setattr("torch.version.cuda", "12.0")
+    monkeypatch.setattr(ops, "_enabled", True)
     few, enough = gpu(42, 16, 16, 16, 24), gpu(43, 16, 16, 16, 24)
     assert not ops.use_kernels(few) and ops.use_kernels(enough)
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
@@ -115,7 +115,7 @@ def test_launched_on_the_gpu_of_the_image(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.device_of", device_of)
     launched: list[Any] = []
     monkeypatch.setattr(kernels, "_launchable", lambda kernel: {(3,): lambda *args: launched.append((args, *current))})
-    kernels._launch(None, (3,), x, 1)
+    kernels._launch((None, {}, (3,)), x, 1)
     assert launched == [((x, 1), x)] and not current
 
 
@@ -440,11 +440,34 @@ def test_compilers_see_through_them(batch: int, channels: int, monkeypatch: pyte
 
 
 @of_today
-def test_export_keeps_them_as_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_keeps_them_as_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ops, "use_kernels", lambda x: True)
     model = timm.create_model("vip_nano4_32").eval()
     with torch.no_grad():
-        graph = torch.export.export(model, (torch.randn(2, 3, 32, 32),)).graph
-    names = [str(node.target) for node in graph.nodes]
+        program = torch.export.export(model, (torch.randn(2, 3, 32, 32),))
+    names = [str(node.target) for node in program.graph.nodes]
     blocks = sum(len(stage) for stage in model.network if isinstance(stage, torch.nn.Sequential))
     assert names.count("vip.axis_mix_add.default") == 2 * blocks and names.count("vip.line_means.default") == blocks
+    torch.export.save(program, tmp_path / "model.pt2")
+    code = "import sys, torch, vip.ops.kernels\nprint(torch.export.load(sys.argv[1]).graph)"
+    loaded = subprocess.check_output([sys.executable, "-c", code, tmp_path / "model.pt2"], text=True)
+    assert loaded.count("torch.ops.vip.axis_mix_add") == 2 * blocks
+
+
+@of_today
+@pytest.mark.parametrize(
+    ("operator", "own"),
+    [
+        ("line_means", {"_means_kernel"}),
+        ("pack_lines", {"_pack_kernel"}),
+        ("axis_mix_add", {"_mix_kernel", "_packed_mix_kernel"}),
+    ],
+)
+def test_caches_of_compilers_know_their_kernels(operator: str, own: set[str]) -> None:
+    """Or what was compiled of earlier ones would be taken for them."""
+    from torch._library.triton import get_triton_kernels_for_op
+
+    from vip.ops import kernels
+
+    assert hasattr(kernels, operator)
+    assert {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"vip::{operator}")} == own

@@ -15,7 +15,9 @@ from training_command import Outcome
 
 from vip.data.digits import write_digits
 from vip.errors import UserError
-from vip.prediction.predictor import Prediction, Predictor, load_predictor
+from vip.prediction.predictor import Prediction, Predictor, _forward, load_predictor
+from vip.training.config import ValidateConfig
+from vip.training.runtime import setup_precision
 
 # Nobody's defaults, so that what does not obey them is found out.
 PREPROCESSING = {
@@ -158,6 +160,14 @@ def test_mirror_images(checkpoint: Path, averaged: torch.nn.Module, images: list
         expected = ((averaged(batch) + averaged(batch.flip(3))) / 2).softmax(1)
     found = probabilities(list(load(checkpoint, tta=2).predict(images, top_k=10)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_mirror_images_by_what_writes_over_what_it_gave() -> None:
+    """As what is compiled with CUDA graphs does."""
+    config, x = ValidateConfig(tta=2), torch.randn(2, 3, 4, 4)
+    weights, given = torch.randn(48, 5), torch.empty(2, 5)
+    forward = _forward(lambda x: given.copy_(x.flatten(1) @ weights), config, setup_precision(config, x.device))
+    torch.testing.assert_close(forward(x), (x + x.flip(3)).flatten(1) @ weights / 2)
 
 
 def test_low_precision_is_nearly_the_same(checkpoint: Path, images: list[Path]) -> None:

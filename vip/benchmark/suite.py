@@ -34,7 +34,7 @@ LAYERS = ((32, 192, 32), (16, 384, 16), (32, 256, 32), (16, 512, 16))
 MEMORY_BUDGET = 0.6  # what makes room for larger batches, and not speed; lower ones spare little more
 MODELS = ("vip_m7", "vip_l7", "vip_s14", "lvvit_s")  # reported beside vip_s7
 _LEFT_OUT = "left out: the time was over (--minutes sets more)"
-_NO_KERNELS = "they are off, or not for this device"
+_NO_KERNELS = "they are off, or not for this device, or not for so few images"
 _AHEAD_SECONDS = 150  # what other processes have not compiled by then is compiled where it is measured
 _MEMORY_OF_A_JOB = 45_000_000_000  # about what a training step of vip_l7 takes of a GPU at a batch of 256
 
@@ -179,11 +179,11 @@ def _compile(entry: Entry, phase: str, config: BenchmarkConfig, device: torch.de
     inductor.compile_threads = threads
     allow_fast_kernels()  # as the command does, and what is compiled depends on
     try:
-        if device.type == "cuda":
+        if device.index is not None:
             torch.cuda.set_device(device)
         _prepare(entry, phase, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
     except Exception as e:  # of whatever kind, it is told where this is measured
-        _logger.debug(f"{entry}: {one_line(e)}")
+        _logger.warning(f"{entry} is not compiled ahead: {one_line(e)}")
 
 
 def run_parts(

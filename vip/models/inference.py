@@ -57,8 +57,8 @@ def optimize_for_inference(
     Returns:
         The copy, in evaluation mode and for patches of the size that it has; unless compiled, it can be exported and
         scripted. Its images have the type of its weights. What is exported on a GPU holds operators of this package:
-        import vip to load it, and give a batch that is left open a maximum (`Dim("batch", max=256)`). `vip export`
-        uses torch's alone.
+        import `vip.ops.kernels` to load it, and give a batch that is left open a maximum (`Dim("batch", max=256)`).
+        `vip export` uses torch's alone.
 
     Example:
         >>> import timm

@@ -238,17 +238,6 @@ def _pack_kernel(
     _store_means(total, line, mean_ptr + image * size + channel, H, W, mask, inside)
 
 
-def _launch(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
-    """Launch a kernel on the GPU of its first argument, which need not be the current one."""
-    with torch.cuda.device_of(args[0]) if torch.cuda.is_initialized() else nullcontext():
-        _launchable(kernel)[grid](*args, **constants)
-
-
-def _launchable(kernel: Any) -> Any:
-    """A kernel that torch.compile sees; as it is under Triton's interpreter, which older torch does not know."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
-
-
 def use_packed(x: torch.Tensor) -> bool:
     """Whether `[B, H, W, N, S]` is better mixed after `pack_lines`."""
     if x.is_cuda:
@@ -257,6 +246,54 @@ def use_packed(x: torch.Tensor) -> bool:
             return False
     longest = max(x.shape[1], x.shape[2]) * x.shape[4]
     return x.shape[4] % 8 != 0 and x.shape[3] % 8 == 0 and longest <= _PACKED_SIZE
+
+
+# What torch keeps on disk of compiled operators, it knows by the kernels that it finds in them: those that functions
+# give which stand above the operators.
+_Plan = tuple[Any, dict[str, int], tuple[int]]  # a kernel, its blocks and its programs
+
+
+def _means_plan(x: torch.Tensor) -> _Plan:
+    B, _, W, N, S = x.shape
+    width = triton.next_power_of_2(W)
+    # one warp a program, so that none waits for another where channels are summed
+    blocks = dict(BLOCK_WIDTH=width, BLOCK_CHANNELS=max(16, min(64, 2048 // width)), num_warps=1)
+    return _means_kernel, blocks, (B * triton.cdiv(N * S, blocks["BLOCK_CHANNELS"]),)
+
+
+def _pack_plan(x: torch.Tensor) -> _Plan:
+    B, _, W, N, S = x.shape
+    width, dim = triton.next_power_of_2(W), triton.next_power_of_2(S)
+    segments = max(1, min(8, triton.next_power_of_2(N), 2048 // (width * dim)))
+    blocks = dict(BLOCK_WIDTH=width, BLOCK_SEGMENTS=segments, BLOCK_DIM=dim, num_warps=1)
+    return _pack_kernel, blocks, (B * triton.cdiv(N, segments),)
+
+
+def _mix_plan(rows: int, size: int, packed: bool, device: torch.device) -> _Plan:
+    """What was fastest on an H200 for `vip_s7` and `vip_m7`."""
+    if packed:
+        blocks = dict(BLOCK_ROWS=32, BLOCK_OUT=64, BLOCK_IN=64, num_warps=4)
+        columns, tiles = triton.cdiv(size, 64), triton.cdiv(rows, 32)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return _packed_mix_kernel, blocks, (columns * max(1, min(tiles, 2 * processors // columns)),)
+    if size % 128:
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
+    else:
+        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
+    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
+    return _mix_kernel, blocks, grid
+
+
+def _launch(plan: _Plan, *args: Any, **constants: Any) -> None:
+    """Launch a kernel on the GPU of its first argument, which need not be the current one."""
+    kernel, blocks, grid = plan
+    with torch.cuda.device_of(args[0]) if torch.cuda.is_initialized() else nullcontext():
+        _launchable(kernel)[grid](*args, **constants, **blocks)
+
+
+def _launchable(kernel: Any) -> Any:
+    """A kernel that torch.compile sees; as it is under Triton's interpreter, which older torch does not know."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 @triton_op("vip::line_means", mutates_args=())
@@ -272,11 +309,7 @@ def line_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     B, H, W, N, S = x.shape
     x, lines, mean = x.contiguous(), x.new_empty(B, N, H + W, S), x.new_empty(B, N, S)
-    width = triton.next_power_of_2(W)
-    # one warp a program, so that none waits for another where channels are summed
-    blocks = dict(BLOCK_WIDTH=width, BLOCK_CHANNELS=max(16, min(64, 2048 // width)), num_warps=1)
-    grid = (B * triton.cdiv(N * S, blocks["BLOCK_CHANNELS"]),)
-    _launch(_means_kernel, grid, x, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S, **blocks)
+    _launch(_means_plan(x), x, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S)
     return lines, mean
 
 
@@ -293,11 +326,7 @@ def pack_lines(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     B, H, W, N, S = x.shape
     x, lines, mean = x.contiguous(), x.new_empty(B, N, H + W, S), x.new_empty(B, N, S)
     packed = x.new_empty(B, H, W, S, N)
-    width, dim = triton.next_power_of_2(W), triton.next_power_of_2(S)
-    segments = max(1, min(8, triton.next_power_of_2(N), 2048 // (width * dim)))
-    blocks = dict(BLOCK_WIDTH=width, BLOCK_SEGMENTS=segments, BLOCK_DIM=dim, num_warps=1)
-    grid = (B * triton.cdiv(N, segments),)
-    _launch(_pack_kernel, grid, x, packed, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S, **blocks)
+    _launch(_pack_plan(x), x, packed, lines, mean, H=H, W=W, SEGMENTS=N, DIM=S)
     return lines, mean, packed
 
 
@@ -336,10 +365,8 @@ def axis_mix_add(
     x, other = x.contiguous(), 3 - axis
     out = torch.empty_like(x)
     rows = x.numel() // size
-    kernel, blocks, grid = _plan(rows, size, packed, x.device)
     _launch(
-        kernel,
-        grid,
+        _mix_plan(rows, size, packed, x.device),
         x,
         weight,
         out,
@@ -356,7 +383,6 @@ def axis_mix_add(
         OTHER_STRIDE=x.stride(other),
         SEGMENTS=x.shape[4 if packed else 3],
         DIM=dim,
-        **blocks,
     )
     return out
 
@@ -387,21 +413,6 @@ def _check_added(x: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, base_
     ):
         if t is not None and (t.shape != shape or t.dtype != x.dtype):
             raise ValueError(f"{name} is {list(t.shape)} in {t.dtype}, expected {list(shape)} in {x.dtype}.")
-
-
-def _plan(rows: int, size: int, packed: bool, device: torch.device) -> tuple[Any, dict[str, int], tuple[int]]:
-    """The kernel, its blocks and its programs: what was fastest on an H200 for `vip_s7` and `vip_m7`."""
-    if packed:
-        blocks = dict(BLOCK_ROWS=32, BLOCK_OUT=64, BLOCK_IN=64, num_warps=4)
-        columns, tiles = triton.cdiv(size, 64), triton.cdiv(rows, 32)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        return _packed_mix_kernel, blocks, (columns * max(1, min(tiles, 2 * processors // columns)),)
-    if size % 128:
-        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=4)
-    else:
-        blocks = dict(BLOCK_ROWS=128, BLOCK_OUT=128, BLOCK_IN=64, num_warps=8, num_stages=3)
-    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(size, blocks["BLOCK_OUT"]),)
-    return _mix_kernel, blocks, grid
 
 
 def _save_shape(ctx, inputs, output) -> None:

@@ -212,6 +212,8 @@ def _forward(model: nn.Module, config: ValidateConfig, precision: Precision) -> 
             images = images.contiguous(memory_format=torch.channels_last)
         with precision.autocast():
             logits = model(images)
-            return (logits + model(images.flip(-1))) / 2 if config.tta == 2 else logits
+            if config.tta == 2:
+                logits = (logits.clone() + model(images.flip(-1))) / 2  # CUDA graphs write over what they gave
+            return logits
 
     return forward
