@@ -4,7 +4,7 @@
 # make demo-token-label: a teacher, its label maps, and students with and without them.
 PYTHON ?= python3
 PY := .venv/bin/python
-TEST := $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+TEST := $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-token-label test test-gpu test-examples coverage lint docs package install clean
 
