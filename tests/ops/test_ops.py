@@ -50,7 +50,7 @@ def test_numbers_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    assert re.search(r"1\d\d passed, 12 skipped", done.stdout), "what needs a GPU, and no more"
+    assert re.search(r"1[34]\d passed, 12 skipped", done.stdout), "what needs a GPU, and no more"
 
 
 @pytest.fixture

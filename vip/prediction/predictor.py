@@ -22,6 +22,7 @@ from vip.prediction.classes import class_names
 from vip.prediction.config import PredictConfig
 from vip.prediction.heatmaps import Heatmap, TokenActivation
 from vip.training.config import ValidateConfig
+from vip.training.engine import infer
 from vip.training.factory import resolve_data_config
 from vip.training.runtime import Precision, setup_precision, setup_runtime
 from vip.training.validation import load_model, prepare_model
@@ -208,12 +209,7 @@ def load_predictor(checkpoint: str | Path = "", **options: Any) -> Predictor:
 
 def _forward(model: nn.Module, config: ValidateConfig, precision: Precision) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(images: torch.Tensor) -> torch.Tensor:
-        if config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with precision.autocast():
-            logits = model(images)
-            if config.tta == 2:
-                logits = (logits.clone() + model(images.flip(-1))) / 2  # CUDA graphs write over what they gave
-            return logits
+            return infer(model, images, config.channels_last, config.tta)
 
     return forward

@@ -201,6 +201,16 @@ def train_one_epoch(
     return {"loss": losses.average}
 
 
+def infer(model: Callable[[torch.Tensor], Any], images: torch.Tensor, channels_last: bool, tta: int) -> Any:
+    """What a model gives for images; if `tta` is 2, the average of its logits for them and for their mirror images."""
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    output = model(images)
+    if tta == 2:
+        output = (output.clone() + model(images.flip(-1))) / 2  # CUDA graphs write over what they gave
+    return output
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -237,12 +247,8 @@ def evaluate(
         if not len(images):
             continue
         images, target = images.to(runtime.device, non_blocking=True), target.to(runtime.device, non_blocking=True)
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with precision.autocast():
-            output = model(images)
-            if tta == 2:
-                output = (output.clone() + model(images.flip(-1))) / 2  # CUDA graphs write over what they gave
+            output = infer(model, images, channels_last, tta)
         if isinstance(output, tuple | list):
             output = output[0]
         if label_subset is not None:
