@@ -58,7 +58,10 @@ def take_turns(
     device: torch.device,
     on_turn: Callable[[], Any] = lambda: None,
 ) -> dict[Hashable, Turns]:
-    """Time steps in rounds; each has a turn of about `seconds` in each round, in an order that rotates.
+    """Time steps in rounds; each has a turn of about `seconds` in each round.
+
+    The order rotates, and every other round is backwards, so that no step has the same one before it each time, whose
+    work may have heated the processor or filled its caches.
 
     Args:
         steps: Steps that have been warmed up, by name.
@@ -71,8 +74,9 @@ def take_turns(
     repeats: dict[Hashable, int] = {}
     names = list(steps)
     for i in range(rounds):
-        first = i % max(len(names), 1)
-        for name in names[first:] + names[:first]:
+        first = i // 2 % max(len(names), 1)
+        order = names[first:] + names[:first]
+        for name in reversed(order) if i % 2 else order:
             if not turns[name].error:
                 try:
                     if name not in repeats:
