@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from vip.models.layers import PatchConv2d
 from vip.models.lv_vit import ConvPatchEmbed
 from vip.models.vision_permutator import PermuteMlp, VisionPermutator
 
@@ -43,6 +44,7 @@ class TextbookConvPatchEmbed(ConvPatchEmbed):
 
 
 _TEXTBOOK = {
+    PatchConv2d: nn.Conv2d,
     ConvPatchEmbed: TextbookConvPatchEmbed,
     PermuteMlp: TextbookPermuteMlp,
     VisionPermutator: TextbookVisionPermutator,
