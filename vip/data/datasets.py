@@ -179,18 +179,7 @@ def create_split(
     Raises:
         UserError: If the data is missing, has no classes, or an empty one.
     """
-    if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
-        raise UserError("No data set given: name the folder that holds train/ and val/, as DATA or with --data-dir.")
-    name = _DATASET_ALIASES.get(config.dataset.lower(), config.dataset)
-    kind = name.lower().partition("/")[0]
-    plain = kind in _PLAIN_DATASETS
-    if not plain and (kind not in _NAMED_DATASETS or "/" not in name):
-        known = [f"{name}/NAME" for name in _NAMED_DATASETS]
-        raise UserError(
-            f"--dataset {config.dataset} is none of {', '.join(known)}, or nothing for a folder or tar file."
-        )
-    if plain and (config.input_key or config.target_key):
-        raise UserError("--input-key and --target-key name columns, and a folder or tar file has none: leave them out.")
+    name, plain = _dataset_name(config)
     root = config.data
     if plain:
         root = split_folder(str(root), split)
@@ -209,19 +198,38 @@ def create_split(
             **kwargs,
         )
     except _OPEN_ERRORS as e:
-        reason = str(e).strip().replace("download=True", "--dataset-download")
-        if isinstance(e, ValueError) and str(root).endswith(".tar"):  # what timm makes of an empty list
-            reason = "it holds no images, or none of the classes of the --class-map"
-        if isinstance(e, ImportError) and e.name:
-            reason += f"; pip install {e.name}"
-        if config.class_map:
-            reason += f" (--class-map {config.class_map})"
+        reason = _reason(e, root, config.class_map)
         raise UserError(f"Cannot open split {split!r} of {config.dataset or root}: {reason}") from e
     if plain:
         _refuse_empty_classes(str(root), dataset, bool(config.class_map))
     if isinstance(dataset, ImageDataset) and plain:
         dataset = ReadableImageDataset(dataset, is_training, max_bad_images, decode)
     return dataset
+
+
+def _dataset_name(config: DatasetConfig) -> tuple[str, bool]:
+    """What timm calls the type of a data set, and whether that is a folder or tar file."""
+    if not config.data and config.dataset.partition("/")[0].lower() not in ("hfds", "hfids", "wds"):
+        raise UserError("No data set given: name the folder that holds train/ and val/, as DATA or with --data-dir.")
+    name = _DATASET_ALIASES.get(config.dataset.lower(), config.dataset)
+    kind = name.lower().partition("/")[0]
+    plain = kind in _PLAIN_DATASETS
+    if not plain and (kind not in _NAMED_DATASETS or "/" not in name):
+        known = ", ".join(f"{name}/NAME" for name in _NAMED_DATASETS)
+        raise UserError(f"--dataset {config.dataset} is none of {known}, or nothing for a folder or tar file.")
+    if plain and (config.input_key or config.target_key):
+        raise UserError("--input-key and --target-key name columns, and a folder or tar file has none: leave them out.")
+    return name, plain
+
+
+def _reason(error: Exception, root: str | None, class_map: str) -> str:
+    """Why a data set cannot be opened, in words that name our options."""
+    reason = str(error).strip().replace("download=True", "--dataset-download")
+    if isinstance(error, ValueError) and str(root).endswith(".tar"):  # what timm makes of an empty list
+        reason = "it holds no images, or none of the classes of the --class-map"
+    if isinstance(error, ImportError) and error.name:
+        reason += f"; pip install {error.name}"
+    return reason + (f" (--class-map {class_map})" if class_map else "")
 
 
 def image_mode(mode: str | None, channels: int) -> str:
