@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from vip.models.layers import PatchConv2d
 from vip.models.lv_vit import ConvPatchEmbed
 from vip.models.vision_permutator import PermuteMlp, VisionPermutator
 
@@ -44,7 +43,6 @@ class TextbookConvPatchEmbed(ConvPatchEmbed):
 
 
 _TEXTBOOK = {
-    PatchConv2d: nn.Conv2d,
     ConvPatchEmbed: TextbookConvPatchEmbed,
     PermuteMlp: TextbookPermuteMlp,
     VisionPermutator: TextbookVisionPermutator,

@@ -16,7 +16,6 @@ from torch.nn.utils import prune
 
 import vip
 from vip.models import inference
-from vip.models.layers import PatchConv2d
 from vip.models.vision_permutator import VisionPermutator
 
 SMALL = {
@@ -107,9 +106,19 @@ def test_patches_by_a_matrix_product(name: str) -> None:
     model = random_model(name)
     ready = vip.optimize_for_inference(model, dtype=torch.float64)
     inference._suit_gpu(ready)
-    assert type(ready.patch_embed.proj) is PatchConv2d
+    assert type(ready.patch_embed.proj) is inference._PatchLinear
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(ready(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_as_a_convolution_takes_them(bias: bool) -> None:
+    conv = nn.Conv2d(3, 5, (7, 4), (7, 4), bias=bias).double()
+    x = torch.randn(2, 3, 22, 15, dtype=torch.float64)  # neither side is a multiple
+    tokens = inference._PatchLinear(conv)(x)
+    torch.testing.assert_close(tokens, conv(x))
+    assert tokens.is_contiguous(memory_format=torch.channels_last)
+    assert inference._takes_patches(conv)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,6 @@ def test_patches_by_a_matrix_product(name: str) -> None:
     ids=str,
 )
 def test_other_convolutions_stay(other: nn.Module) -> None:
-    assert inference._takes_patches(nn.Conv2d(3, 5, (7, 4), (7, 4)))
     assert not inference._takes_patches(other)
 
 

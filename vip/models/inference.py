@@ -17,7 +17,6 @@ from vip import ops
 
 from .external_attention_mlp import Block as ExternalAttentionBlock
 from .external_attention_mlp import TokenBlock
-from .layers import PatchConv2d
 from .lv_vit import Block as LVViTBlock
 from .lv_vit import ConvPatchEmbed
 from .vision_permutator import PermutatorBlock, PermuteMlp, VisionPermutator
@@ -40,10 +39,10 @@ def optimize_for_inference(
 
     Dropout, stochastic depth and an auxiliary head that `forward` does not use are left out; BatchNorm becomes part of
     the convolution before it, the scale and shift of the LayerNorm before an MLP or attention part of its first layer,
-    and the branch weights of ViP are laid out as what they weigh. On a GPU, in bfloat16, a product computes GELU of its
-    float32 sums, by the tanh form: it differs from GELU by up to 0.0005, and its results by less, all in all, than
-    those of exact GELU of sums that are rounded before. `forward`, `forward_features` and `forward_intermediates` give
-    what they gave, but for rounding.
+    and the branch weights of ViP are laid out as what they weigh. On a GPU, patches are embedded by a matrix product,
+    and in bfloat16 a product computes GELU of its float32 sums, by the tanh form: it differs from GELU by up to 0.0005,
+    and its results by less, all in all, than those of exact GELU of sums that are rounded before. `forward`,
+    `forward_features` and `forward_intermediates` give what they gave, but for rounding.
 
     Args:
         model: A model of this package; of others, dropout and stochastic depth are left out, and on a GPU timm's
@@ -112,10 +111,10 @@ class _BranchByBranch(nn.Linear):
 
 
 def _suit_gpu(model: nn.Module) -> None:
-    """Let a GPU's library compute timm's patch embeddings as matrix products, and GELU at the end of the one before."""
+    """Let a GPU's library compute patch embeddings as matrix products, and GELU at the end of the product before it."""
     for module in list(model.modules()):
         if isinstance(module, PatchEmbed) and _takes_patches(module.proj):
-            module.proj = PatchConv2d.from_conv(module.proj)
+            module.proj = _PatchLinear(module.proj)  # type: ignore[assignment]  # timm's is a convolution
         if isinstance(module, Mlp) and _ends_in_gelu(module):
             module.fc1, module.act = _GeluLinear(module.fc1), nn.Identity()
 
@@ -132,6 +131,29 @@ def _ends_in_gelu(mlp: Mlp) -> bool:
     if not (exact and ops.is_plain(linear, nn.Linear) and linear.bias is not None):
         return False
     return linear.weight.dtype == torch.bfloat16  # whose roundings are larger than what the tanh form errs
+
+
+class _PatchLinear(nn.Linear):
+    """A convolution of patches side by side as a matrix product, for which libraries have faster kernels.
+
+    Patches of 7x7 pixels have 147 values; they are made a multiple of 8, as matrix units want rows of 16 bytes.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        size = conv.weight[0].numel()
+        self.pad = -size % 8
+        super().__init__(size + self.pad, conv.out_channels, conv.bias is not None, device="meta")
+        self.patch_size = conv.kernel_size
+        self.weight = nn.Parameter(F.pad(conv.weight.flatten(1), (0, self.pad)), requires_grad=False)
+        self.register_parameter("bias", conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images `[B, C_in, H, W]` to `[B, C_out, H / P, W / P]`, whose channels are last in memory."""
+        height, width = self.patch_size
+        x = x[:, :, : x.shape[2] // height * height, : x.shape[3] // width * width]  # convolutions leave the rest out
+        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        rows = F.pad(patches.flatten(3), (0, self.pad))  # [B, H / P, W / P, C_in * P * P and padding]
+        return F.linear(rows, self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 class _GeluLinear(nn.Linear):

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
@@ -20,52 +19,6 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     The layout of a convolution's input is that of its output, here tokens side by side, as all blocks read them.
     """
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.func.vmap knows no memory formats
-
-
-class PatchConv2d(nn.Conv2d):
-    """A convolution of patches side by side, computed as what it is: a matrix product of rows, one for each patch.
-
-    Libraries multiply faster than they convolve, in the backward pass most of all, and on a GPU where a patch has few
-    channels. Matrix units want rows of 16 bytes, so there the numbers of a patch are made a multiple of 8.
-
-    Args:
-        in_channels: Channels of the image.
-        out_channels: Channels of a patch.
-        patch_size: Pixels of a patch along height and width, the kernel and the stride of the convolution.
-        bias: Add a bias.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        patch_size: int | tuple[int, int],
-        bias: bool = True,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(in_channels, out_channels, patch_size, patch_size, bias=bias, device=device, dtype=dtype)
-
-    @classmethod
-    def from_conv(cls, conv: Any) -> "PatchConv2d":
-        """Compute what a convolution does with its weights, for patches that do not overlap."""
-        has_bias = conv.bias is not None
-        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, has_bias, device="meta")  # draws no weights
-        layer.weight, layer.bias = conv.weight, conv.bias
-        return layer.train(conv.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images `[B, C_in, H, W]` to `[B, C_out, H / P, W / P]`, whose channels are last in memory."""
-        B, C, H, W = x.shape
-        height, width = self.kernel_size
-        x = x[:, :, : H // height * height, : W // width * width]  # convolutions leave the rest out
-        x = x.permute(0, 2, 3, 1).reshape(B, H // height, height, W // width, width, C)
-        rows = x.transpose(2, 3).flatten(3)  # [B, H / P, W / P, P * P * C]
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        pad = -self.in_channels * height * width % 8
-        if pad and isinstance(x, torch.Tensor) and x.is_cuda:  # torch.fx does not know where its proxies are
-            rows, weight = F.pad(rows, (0, pad)), F.pad(weight, (0, pad))
-        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
 
 
 def check_img_size(img_size: tuple[int, ...], patch_size: tuple[int, int]) -> None:

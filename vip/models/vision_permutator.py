@@ -47,7 +47,7 @@ from torch import nn
 
 from vip import ops
 
-from .layers import PatchConv2d, channels_last, checkpoint_filter_fn, imagenet_cfg, init_linear, mix_tokens
+from .layers import channels_last, checkpoint_filter_fn, imagenet_cfg, init_linear, mix_tokens
 
 __all__ = ["PermuteMlp", "VisionPermutator"]
 
@@ -346,7 +346,6 @@ class VisionPermutator(nn.Module):
         patch_embed: Any = PatchEmbed  # its hints know square patches only
         strict = dict(strict_img_size=not dynamic_img_size, output_fmt="NHWC")
         self.patch_embed = patch_embed(img_size, patch_hw, in_chans, embed_dims[0], **strict, **dd)
-        self.patch_embed.proj = PatchConv2d.from_conv(self.patch_embed.proj)
 
         drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(layers)))
         network: list[nn.Module] = []
@@ -431,8 +430,6 @@ class VisionPermutator(nn.Module):
         new_patch_size: tuple[int, int] = to_2tuple(old_patch_size if patch_size is None else patch_size)
         _check_img_size(new_img_size, new_patch_size, self.stride)
         self.patch_embed.set_input_size(img_size=new_img_size, patch_size=new_patch_size)
-        if new_patch_size != old_patch_size:
-            self.patch_embed.proj = PatchConv2d.from_conv(self.patch_embed.proj)
         grid_size = self.patch_embed.grid_size
         for stage in self.network:
             if isinstance(stage, Downsample):
