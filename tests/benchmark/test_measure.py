@@ -58,23 +58,36 @@ def test_a_turn_is_the_mean_of_its_steps(seconds: float, repeats: int) -> None:
         assert len(fake.calls) == repeats
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 5), st.integers(1, 3))
-def test_all_stand_in_each_place_and_beside_each_neighbor_as_often(count: int, times: int) -> None:
-    names = [f"step {i}" for i in range(count)]
-    rounds = 2 * count * times
+def turns_taken(count: int, rounds: int) -> list[list[str]]:
+    """The steps of each round, in the order of their turns."""
     ends: list[str] = []
     with clock() as fake:
-        steps = {name: fake.step(name, 1.0) for name in names}
+        steps = {str(i): fake.step(str(i), 1.0) for i in range(count)}
         turns = take_turns(steps, rounds, 0.0, CPU, lambda: ends.append(fake.calls[-1]))
-    orders = [ends[i * count : (i + 1) * count] for i in range(rounds)]
-    assert all(sorted(order) == names for order in orders)
+    assert list(turns) == list(steps)
+    assert all(len(turn.seconds) == rounds and not turn.error for turn in turns.values())
+    return [ends[i * count : (i + 1) * count] for i in range(rounds)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 9))
+def test_rounds_go_there_and_back_and_begin_one_further_on(count: int, rounds: int) -> None:
+    orders = turns_taken(count, rounds)
+    for i, order in enumerate(orders):
+        assert sorted(order) == [str(k) for k in range(count)]
+        if i % 2:
+            assert order == orders[i - 1][::-1]
+        elif i:
+            assert order == orders[i - 2][1:] + orders[i - 2][:1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_all_stand_in_each_place_and_before_and_behind_each_other_as_often(count: int) -> None:
+    orders = turns_taken(count, 2 * count)
     for place in range(count):
-        assert Counter(order[place] for order in orders) == dict.fromkeys(names, 2 * times)
+        assert set(Counter(order[place] for order in orders).values()) == {2}
     before = Counter(pair for order in orders for pair in pairwise(order))
     assert all(before[b, a] == number for (a, b), number in before.items())
-    assert list(turns) == names
-    assert all(len(turn.seconds) == rounds and not turn.error for turn in turns.values())
 
 
 @settings(deadline=None)

@@ -60,8 +60,8 @@ def take_turns(
 ) -> dict[Hashable, Turns]:
     """Time steps in rounds; each has a turn of about `seconds` in each round.
 
-    The order rotates, and every other round is backwards, so that no step has the same one before it each time, whose
-    work may have heated the processor or filled its caches.
+    Every other round goes back through the order of the one before, and each pair of rounds begins one step further
+    on: so no step always follows the same other, whose work may have heated the processor or filled its caches.
 
     Args:
         steps: Steps that have been warmed up, by name.
