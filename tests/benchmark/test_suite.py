@@ -120,9 +120,7 @@ def test_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "prepare", lambda case, *rest: prepare(dataclasses.replace(case, model=model), *rest))
     gpu = torch.device("cuda")
     compiled = partial(suite._other, "vip_s14", "inference", True)
-    layer = partial(
-        suite.kernel_findings, (64, 384, 16)
-    )  # four times the images of 32 pixels are enough for eager mode
+    layer = partial(suite.kernel_findings, (64, 384, 16))  # so large that eager mode has kernels for a few images
     for part in (suite._on_gpu, suite._training, suite._lean_training, compiled, layer, suite.small_batch_findings):
         assert all(finding.ratios for finding in part(QUICK, gpu))
     for shares in suite.where_time_goes(QUICK, gpu).values():

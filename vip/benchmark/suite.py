@@ -145,8 +145,8 @@ def compile_ahead(
 ) -> None:
     """Let other processes compile, side by side, what this one then finds in torch's cache on disk.
 
-    What fails there fails here, too, and is told then. As with all processes that are spawned, the script that is run
-    has to be one that can be imported.
+    What fails there fails here, too, and is told both times. As with all processes that are spawned, the script that is
+    run has to be one that can be imported.
 
     Args:
         jobs: Entries and phases.
@@ -182,7 +182,7 @@ def _compile(entry: Entry, phase: str, config: BenchmarkConfig, device: torch.de
         if device.index is not None:
             torch.cuda.set_device(device)
         _prepare(entry, phase, config.batch_size[0], dataclasses.replace(config, warmup=1), device)
-    except Exception as e:  # of whatever kind, it is told where this is measured
+    except Exception as e:  # of whatever kind, the suite goes on, and has it as an error where it measures this
         _logger.warning(f"{entry} is not compiled ahead: {one_line(e)}")
 
 
